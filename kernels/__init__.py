@@ -1,0 +1,184 @@
+"""Fused measure-and-update kernels: one contract, one file a backend.
+
+A *plan* steps a fixed list of parameters on one device. One call of :meth:`Plan.step` updates every
+parameter and, in the same pass over memory, sums for every layer, in float64,
+
+==== =============== ==========================================
+row  name            formula
+==== =============== ==========================================
+0    `dot`           <g_t, g_{t-1}>
+1    `sq_norm`       ||g_t||^2
+2    `diff_sq_norm`  ||g_t - g_{t-1}||^2, from the differences
+3    `prev_sq_norm`  ||g_{t-1}||^2
+==== =============== ==========================================
+
+A sum that is not finite is NaN.
+
+The fourth sum costs no memory traffic (g_{t-1} is being read anyway) and makes every row complete in
+itself: a correlation never needs the row before it, so skipped steps and restored runs measure exactly.
+
+A backend is a module with
+
+* ``NAME``: what ``backend=`` calls it,
+* ``unavailable(device) -> str``: why it cannot run there (empty: it can),
+* ``DTYPES``: the dtypes that it handles; what it does not (another dtype, a gradient of another dtype than
+  its parameter, a parameter with gaps in memory) goes to `torch`,
+* ``Batch(params, layer_of, num_layers)`` with the method ``step`` described by :class:`BatchProtocol`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm")
+"""Names of the rows of a plan's output."""
+
+BACKENDS = ("triton", "numba", "torch")
+"""Names of the backends, the fastest first."""
+
+HYPER = ("lr", "decay", "gain", "weight_decay", "lookahead", "sign")
+"""Columns of the table of hyperparameters. One row r describes one update, with x the parameter, b the
+momentum buffer and g the gradient::
+
+    d = sign * g + weight_decay * x
+    b = decay * b + gain * d;  d = d + lookahead * b  if lookahead != 0 else  b     (only with a buffer)
+    x = x - lr * d
+
+`decay` is the momentum (0 in a buffer's first step), `gain` is 1 - dampening (1 in a buffer's first
+step), `lookahead` is the momentum of Nesterov's form or 0, `sign` is -1 to maximize."""
+
+
+class BatchProtocol(Protocol):
+    """What every backend's ``Batch`` does."""
+
+    def __init__(self, params: Sequence[Tensor], layer_of: Sequence[int], num_layers: int) -> None:
+        """Prepare for `params`: same device, same dtype, sorted by `layer_of`; -1 (first): not measured."""
+
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        prevs: Sequence[Tensor] | None,
+        bufs: Sequence[Tensor | None],
+        copies: Sequence[bool] | None,
+        rows: Sequence[int],
+        hyper: Sequence[tuple[float, ...]] | None,
+        out: Tensor | None,
+    ) -> None:
+        """Do one step.
+
+        Args:
+            grads: gradients, with the sizes and strides of the parameters.
+            prevs: the gradients to measure against, alike; None: update only. `prevs[i] is grads[i]`
+                where there is none.
+            bufs: momentum buffers, alike, or None where there is no momentum.
+            copies: where True, `prevs[i]` holds the values of `grads[i]` afterwards. None: nowhere.
+            rows: the row of `hyper` for each parameter.
+            hyper: rows of :data:`HYPER`; None: measure only, nothing but `prevs` and `out` is written.
+            out: float64 tensor of shape (4, num_layers), overwritten with :data:`SUMS`; None: as `prevs`.
+        """
+
+
+def backend(name: str, device: torch.device) -> ModuleType:
+    """The module of the backend called `name` ("auto": the fastest that runs) for `device`.
+
+    Raises:
+        ValueError: `name` is unknown.
+        RuntimeError: the backend cannot run on `device`; the message says why and what can.
+    """
+    if name == "auto":
+        name = _fastest(device.type)
+    elif name not in BACKENDS:
+        raise ValueError(f"Invalid backend: {name!r}; use one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    module = importlib.import_module(f"{__name__}.{name}_backend")
+    if why := module.unavailable(device):
+        raise RuntimeError(
+            f"backend={name!r} cannot run on device {str(device)!r}: {why}. Use backend='auto'"
+        )
+    return module
+
+
+def _fastest(device_type: str) -> str:
+    preferred = {"cuda": "triton", "cpu": "numba"}.get(device_type, "torch")
+    if preferred != "torch" and importlib.util.find_spec(preferred) is None:
+        remedy = "pip install 'oscopt[cpu]'" if preferred == "numba" else "pip install triton"
+        _hint(f"{preferred} is not installed: oscopt uses its slower torch backend. Mend it with: {remedy}")
+        return "torch"
+    return preferred
+
+
+_hinted: set[str] = set()
+
+
+def _hint(text: str) -> None:
+    if text not in _hinted:
+        _hinted.add(text)
+        warnings.warn(text, stacklevel=2)
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once, in any order of dimensions."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return tensor.numel() == 0
+        filled *= size
+    return True
+
+
+class Plan:
+    """Steps a fixed list of parameters on one device: batches of one dtype, each in one call of a backend.
+
+    Args:
+        params: the parameters, all on one device.
+        grads: gradients like those that will come; where the parameter is :func:`dense`, with its strides.
+        layer_of: the index of each parameter's layer, -1: not measured.
+        num_layers: L.
+        backend: the backend's module, from :func:`backend`.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        layer_of: Sequence[int],
+        num_layers: int,
+        backend: ModuleType,
+    ) -> None:
+        from . import torch_backend
+
+        groups: dict[tuple, list[int]] = {}
+        for i in sorted(range(len(params)), key=layer_of.__getitem__):
+            p, g = params[i], grads[i]
+            suits = p.dtype in backend.DTYPES and g.dtype == p.dtype and dense(p)
+            groups.setdefault((backend if suits else torch_backend, p.dtype), []).append(i)
+        self.device = params[0].device
+        natural = list(range(len(params)))
+        self._batches: list[tuple[list[int] | None, BatchProtocol]] = [
+            (
+                None if index == natural else index,
+                module.Batch([params[i] for i in index], [layer_of[i] for i in index], num_layers),
+            )
+            for (module, _), index in groups.items()
+        ]
+
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out) -> None:
+        """Do one step of all parameters; the arguments are :meth:`BatchProtocol.step`'s."""
+        for n, (index, batch) in enumerate(self._batches):
+            target = out if n == 0 or out is None else torch.empty_like(out)
+            values = (pick(v, index) for v in (grads, prevs, bufs, copies, rows))
+            batch.step(*values, hyper, target)
+            if n and out is not None:
+                out += target
+
+
+def pick(values: Sequence | None, index: Sequence[int] | None) -> Sequence | None:
+    """The `values` at `index`; None for no values, all of them for no index."""
+    return values if values is None or index is None else [values[i] for i in index]

@@ -1,0 +1,89 @@
+"""All pairs of gradients within a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Window:
+    """Keeps the gradients of the next h steps; its matrices are those of the paper's Figs. 2-5, right.
+
+    Holds h copies of the measured gradients until the last has come, then (h, h) sums of every layer only.
+    """
+
+    def __init__(self, h: int, layer_names: Sequence[str], on_exit: Callable[[Window], None]) -> None:
+        if h < 2:
+            raise ValueError(f"Invalid h: {h}; a window needs at least 2 gradients")
+        self.h = h
+        self.layer_names = tuple(layer_names)
+        self._on_exit = on_exit
+        self._gradients: list[list[tuple[int, Tensor]]] = []  # per step: (layer, copy of a gradient)
+        self._sums: np.ndarray | None = None
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._on_exit(self)
+
+    @property
+    def complete(self) -> bool:
+        """Whether h gradients have come."""
+        return self._sums is not None
+
+    def add(self, layer_of: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Keep one step's gradients (the optimizer's side); -1: not measured."""
+        if self.complete:
+            return
+        pairs = zip(layer_of, grads, strict=True)
+        self._gradients.append([(layer, grad.detach().clone()) for layer, grad in pairs if layer >= 0])
+        if len(self._gradients) == self.h:
+            self._sums = self._inner_products().cpu().numpy()
+            self._gradients.clear()
+            self._on_exit(self)
+
+    def _inner_products(self) -> Tensor:
+        device = self._gradients[0][0][1].device if self._gradients[0] else torch.device("cpu")
+        sums = torch.zeros((len(self.layer_names), self.h, self.h), dtype=torch.float64, device=device)
+        if any(
+            [layer for layer, _ in step] != [layer for layer, _ in self._gradients[0]]
+            for step in self._gradients
+        ):
+            return sums.fill_(torch.nan)
+        for same_parameter in zip(*self._gradients, strict=True):
+            layer = same_parameter[0][0]
+            parts = [grad.reshape(-1).split(1 << 20) for _, grad in same_parameter]
+            for part in zip(*parts, strict=True):
+                rows = torch.stack([p.double() for p in part])
+                sums[layer] += (rows @ rows.T).to(device)
+        return sums
+
+    def matrix(self, layer: str | None = None) -> np.ndarray:
+        """Correlations mu(j, k) of the window's gradients: float64, shape (h, h), symmetric, diagonal 1.
+
+        Args:
+            layer: the layer's name; None: all layers together.
+
+        Raises:
+            KeyError: there is no such layer.
+            RuntimeError: fewer than h steps have been taken.
+        """
+        if self._sums is None:
+            raise RuntimeError(
+                f"the window has {len(self._gradients)} of {self.h} gradients; take the remaining steps first"
+            )
+        if layer is None:
+            sums = self._sums.sum(0)
+        elif layer in self.layer_names:
+            sums = self._sums[self.layer_names.index(layer)]
+        else:
+            raise KeyError(f"no layer {layer!r}; there are {', '.join(self.layer_names)}")
+        norms = np.sqrt(np.diag(sums))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            matrix = np.clip(sums / np.outer(norms, norms), -1.0, 1.0)
+        matrix[np.diag_indices(self.h)] = np.where((norms > 0) & np.isfinite(norms), 1.0, np.nan)
+        return matrix

@@ -129,9 +129,17 @@ def _call(kernel, arguments, dtype: torch.dtype) -> None:
 
 # ---- compiled code ---------------------------------------------------------------------------------------
 
-# Sums may be reordered, and multiply-adds contracted; NaNs, infinities and signed zeros stay what they are.
+# Sums may be reordered and contracted; NaNs, infinities and signed zeros stay what they are. The update is
+# spelled out with fused multiply-adds where torch has them, so that it rounds as torch.optim.SGD does.
 _SUM = {"contract", "reassoc"}
-_UPDATE = {"contract"}
+
+
+@intrinsic
+def _fma(typing_context, a, b, c):
+    def generate(context, builder, signature, args):
+        return builder.fma(*args)
+
+    return a(a, a, a), generate
 
 
 @intrinsic
@@ -228,41 +236,41 @@ def _sum(g, q):
 # One loop per form of the update: a branch inside would keep them from vectorising.
 
 
-@njit(fastmath=_UPDATE, nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def _descend(p, g, lr, sign):
     for i in range(p.size):
-        p[i] = _store(p[i], _load(p[i]) - lr * (sign * _load(g[i])))
+        p[i] = _store(p[i], _fma(-lr, sign * _load(g[i]), _load(p[i])))
 
 
-@njit(fastmath=_UPDATE, nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def _descend_decayed(p, g, lr, sign, weight_decay):
     for i in range(p.size):
         x = _load(p[i])
-        p[i] = _store(p[i], x - lr * (sign * _load(g[i]) + weight_decay * x))
+        p[i] = _store(p[i], _fma(-lr, _fma(weight_decay, x, sign * _load(g[i])), x))
 
 
-@njit(fastmath=_UPDATE, nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def _descend_momentum(p, g, buf, lr, sign, decay, gain, weight_decay):
     for i in range(p.size):
         x = _load(p[i])
         d = sign * _load(g[i])
         if weight_decay != 0:
-            d += weight_decay * x
-        b = decay * _load(buf[i]) + gain * d
+            d = _fma(weight_decay, x, d)
+        b = _fma(gain, d, decay * _load(buf[i]))
         buf[i] = _store(buf[i], b)
-        p[i] = _store(p[i], x - lr * b)
+        p[i] = _store(p[i], _fma(-lr, b, x))
 
 
-@njit(fastmath=_UPDATE, nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def _descend_nesterov(p, g, buf, lr, sign, decay, gain, weight_decay, lookahead):
     for i in range(p.size):
         x = _load(p[i])
         d = sign * _load(g[i])
         if weight_decay != 0:
-            d += weight_decay * x
-        b = decay * _load(buf[i]) + gain * d
+            d = _fma(weight_decay, x, d)
+        b = _fma(gain, d, decay * _load(buf[i]))
         buf[i] = _store(buf[i], b)
-        p[i] = _store(p[i], x - lr * (d + lookahead * b))
+        p[i] = _store(p[i], _fma(-lr, _fma(lookahead, b, d), x))
 
 
 @njit(nogil=True, cache=True)

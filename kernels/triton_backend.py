@@ -1,0 +1,304 @@
+"""GPUs: one launch for all tensors of a dtype through a table of pointers, then one that sums up layers.
+
+The work is cut into tiles of :data:`TILE` elements, one program each. A program reads its tensor's pointers
+from a table, passes over its elements once, and writes four float64 partial sums; programs of a layer are
+neighbours, so the second, small kernel adds them in a fixed order. No atomics: two runs agree bit for bit.
+
+Whole tiles of tensors whose four pointers are multiples of 16 bytes take a path without masks, in which every
+access is 128 bits wide; the rest is masked.
+
+With TRITON_INTERPRET=1 in the environment before the first import, it runs on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NAME = "triton"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+BLOCK = 1024  # elements that a program holds at a time
+TILE = 8 * BLOCK  # elements of a program
+REDUCE_BLOCK = 256
+REDUCE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+_ALIGNED: tl.constexpr = tl.constexpr(1)  # all pointers are multiples of 16 bytes
+_COPIED: tl.constexpr = tl.constexpr(2)  # store the gradient into the previous one
+_BUFFERED: tl.constexpr = tl.constexpr(4)  # there is a momentum buffer
+
+_TABLES = 4  # sets of addresses to keep: allocators hand a few out in turn
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unavailable(device: torch.device) -> str:
+    """Runs on CUDA and ROCm devices, and by the interpreter on CPUs."""
+    if device.type == "cuda" or (device.type == "cpu" and _INTERPRET):
+        return ""
+    return "it runs on CUDA and ROCm GPUs only (on CPUs with TRITON_INTERPRET=1, for tests)"
+
+
+@triton.jit
+def _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, MOMENTUM: tl.constexpr):
+    """One update of :data:`oscopt.kernels.HYPER`, rounded as torch.optim.SGD rounds it: x, b."""
+    d = g * sign
+    # An infinite parameter times a weight decay of 0 would be NaN.
+    d = tl.where(weight_decay != 0, tl.fma(x, weight_decay, d), d)
+    if MOMENTUM:
+        b = tl.fma(d, gain, b * decay)
+        d = tl.where(buffered, tl.where(lookahead != 0, tl.fma(b, lookahead, d), b), d)
+    return tl.fma(d, -lr, x), b
+
+
+@triton.jit
+def step_kernel(
+    pointers_ptr,  # int64 (4, N): addresses of parameters, gradients, previous gradients, momentum buffers
+    tensor_ptr,  # int32 (tiles,): each tile's tensor
+    start_ptr,  # int64 (tiles,): its first element
+    size_ptr,  # int64 (N,)
+    flags_ptr,  # int32 (N,): the sum of ALIGNED, COPIED and BUFFERED, where they hold
+    row_ptr,  # int32 (N,): row of hyper
+    hyper_ptr,  # float64 (rows, 6)
+    partial_ptr,  # float64 (tiles, 4)
+    N,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    MEASURE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Update the elements of one tile and take its sums."""
+    tile = tl.program_id(0)
+    k = tl.load(tensor_ptr + tile)
+    start = tl.multiple_of(tl.load(start_ptr + tile), TILE)
+    size = tl.load(size_ptr + k)
+    flags = tl.load(flags_ptr + k)
+    lanes = tl.arange(0, BLOCK)
+    element = tl.pointer_type(ELEMENT)
+    g_ptr = tl.load(pointers_ptr + N + k).to(element) + start
+    p_ptr = tl.load(pointers_ptr + k).to(element) + start
+    q_ptr = tl.load(pointers_ptr + 2 * N + k).to(element) + start
+    b_ptr = tl.load(pointers_ptr + 3 * N + k).to(element) + start
+    hyper_ptr += 6 * tl.load(row_ptr + k)
+    lr = tl.load(hyper_ptr).to(COMPUTE)
+    decay = tl.load(hyper_ptr + 1).to(COMPUTE)
+    gain = tl.load(hyper_ptr + 2).to(COMPUTE)
+    weight_decay = tl.load(hyper_ptr + 3).to(COMPUTE)
+    lookahead = tl.load(hyper_ptr + 4).to(COMPUTE)
+    sign = tl.load(hyper_ptr + 5).to(COMPUTE)
+    copied = (tl.zeros((BLOCK,), tl.int32) + (flags & _COPIED)) != 0
+    buffered = (tl.zeros((BLOCK,), tl.int32) + (flags & _BUFFERED)) != 0
+    dot = tl.zeros((BLOCK,), tl.float64)
+    sq_norm = tl.zeros((BLOCK,), tl.float64)
+    diff_sq_norm = tl.zeros((BLOCK,), tl.float64)
+    prev_sq_norm = tl.zeros((BLOCK,), tl.float64)
+    if (flags & _ALIGNED) != 0 and start + TILE <= size:
+        g_ptr = tl.multiple_of(g_ptr, 16)
+        p_ptr = tl.multiple_of(p_ptr, 16)
+        q_ptr = tl.multiple_of(q_ptr, 16)
+        b_ptr = tl.multiple_of(b_ptr, 16)
+        for offset in range(0, TILE, BLOCK):
+            at = offset + lanes
+            g_raw = tl.load(g_ptr + at)
+            g = g_raw.to(COMPUTE)
+            if MEASURE:
+                q = tl.load(q_ptr + at).to(tl.float64)
+            if UPDATE:
+                x = tl.load(p_ptr + at).to(COMPUTE)
+                b = x
+                if MOMENTUM:
+                    b = tl.load(b_ptr + at, mask=buffered, other=0.0).to(COMPUTE)
+                x, b = _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, MOMENTUM)
+                tl.store(p_ptr + at, x.to(ELEMENT))
+                if MOMENTUM:
+                    tl.store(b_ptr + at, b.to(ELEMENT), mask=buffered)
+            if MEASURE:
+                if COPY:
+                    tl.store(q_ptr + at, g_raw, mask=copied)
+                g64 = g.to(tl.float64)
+                diff = g64 - q
+                dot = tl.fma(g64, q, dot)
+                sq_norm = tl.fma(g64, g64, sq_norm)
+                diff_sq_norm = tl.fma(diff, diff, diff_sq_norm)
+                prev_sq_norm = tl.fma(q, q, prev_sq_norm)
+    else:
+        rest = tl.minimum(size - start, TILE).to(tl.int32)
+        for offset in range(0, rest, BLOCK):
+            at = offset + lanes
+            mask = at < rest
+            g_raw = tl.load(g_ptr + at, mask=mask, other=0.0)
+            g = g_raw.to(COMPUTE)
+            if MEASURE:
+                q = tl.load(q_ptr + at, mask=mask, other=0.0).to(tl.float64)
+            if UPDATE:
+                x = tl.load(p_ptr + at, mask=mask, other=0.0).to(COMPUTE)
+                b = x
+                if MOMENTUM:
+                    b = tl.load(b_ptr + at, mask=mask & buffered, other=0.0).to(COMPUTE)
+                x, b = _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, MOMENTUM)
+                tl.store(p_ptr + at, x.to(ELEMENT), mask=mask)
+                if MOMENTUM:
+                    tl.store(b_ptr + at, b.to(ELEMENT), mask=mask & buffered)
+            if MEASURE:
+                if COPY:
+                    tl.store(q_ptr + at, g_raw, mask=mask & copied)
+                g64 = g.to(tl.float64)
+                diff = g64 - q
+                dot = tl.fma(g64, q, dot)
+                sq_norm = tl.fma(g64, g64, sq_norm)
+                diff_sq_norm = tl.fma(diff, diff, diff_sq_norm)
+                prev_sq_norm = tl.fma(q, q, prev_sq_norm)
+    if MEASURE:
+        partial_ptr += 4 * tile.to(tl.int64)
+        tl.store(partial_ptr, tl.sum(dot))
+        tl.store(partial_ptr + 1, tl.sum(sq_norm))
+        tl.store(partial_ptr + 2, tl.sum(diff_sq_norm))
+        tl.store(partial_ptr + 3, tl.sum(prev_sq_norm))
+
+
+@triton.jit
+def reduce_kernel(
+    partial_ptr,  # float64 (tiles, 4)
+    bounds_ptr,  # int32 (L + 1,): each layer's first tile
+    out_ptr,  # float64 (4, L), rows `stride` apart
+    stride,
+    BLOCK: tl.constexpr,
+):
+    """Add the partial sums of one layer and one of the four sums, in a fixed order."""
+    layer = tl.program_id(0)
+    s = tl.program_id(1)
+    first = tl.load(bounds_ptr + layer)
+    last = tl.load(bounds_ptr + layer + 1)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(first, last, BLOCK):
+        tiles = start + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + 4 * tiles.to(tl.int64) + s, mask=tiles < last, other=0.0)
+    value = tl.sum(total)
+    # Not finite (x - x is 0 for nothing else): NaN.
+    tl.store(out_ptr + s * stride + layer, tl.where(value - value == 0, value, float("nan")))
+
+
+_ELEMENT = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def constants(dtype: torch.dtype, *, update: bool, measure: bool, momentum: bool, copy: bool) -> dict:
+    """The compile-time arguments of :func:`step_kernel`."""
+    return {
+        "ELEMENT": _ELEMENT[dtype],
+        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "UPDATE": update,
+        "MEASURE": measure,
+        "MOMENTUM": momentum,
+        "COPY": copy,
+        "BLOCK": BLOCK,
+        "TILE": TILE,
+    }
+
+
+def options(dtype: torch.dtype, warp_size: int = 64 if torch.version.hip else 32) -> dict:
+    """The compiler's options for :func:`step_kernel`: as many threads as make an access 16 bytes wide."""
+    return {"num_warps": BLOCK * dtype.itemsize // (16 * warp_size), "enable_fp_fusion": False}
+
+
+class Batch:
+    """See :class:`oscopt.kernels.BatchProtocol`."""
+
+    def __init__(self, params: Sequence[Tensor], layer_of: Sequence[int], num_layers: int) -> None:
+        self._params = params
+        self._dtype = params[0].dtype
+        self._device = params[0].device
+        self._num_layers = num_layers
+        sizes = np.array([p.numel() for p in params], np.int64)
+        tiles = -(-sizes // TILE)
+        tensor = np.repeat(np.arange(len(params), dtype=np.int32), tiles)
+        first = np.cumsum(tiles) - tiles
+        start = (np.arange(tiles.sum()) - np.repeat(first, tiles)) * TILE
+        bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
+        self._tiles = len(tensor)
+        self._tensor = self._upload(tensor)
+        self._start = self._upload(start.astype(np.int64))
+        self._sizes = self._upload(sizes)
+        self._bounds = self._upload(bounds.astype(np.int32))
+        self._partials = torch.empty((self._tiles, 4), dtype=torch.float64, device=self._device)
+        self._tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+        self._rows: tuple[Sequence[int] | None, Tensor | None] = (None, None)
+        self._hyper: tuple[object, Tensor | None] = (None, None)
+
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out) -> None:
+        measure = prevs is not None
+        if self._tiles:
+            if self._rows[0] != rows:
+                self._rows = (list(rows), self._upload(np.array(rows, np.int32)))
+            if self._hyper[0] is not hyper or self._hyper[1] is None:
+                self._hyper = (hyper, self._upload(np.array(hyper or [[0.0] * 6], np.float64)))
+            pointers, flags = self._table(grads, prevs, bufs, copies)
+            chosen = constants(
+                self._dtype,
+                update=hyper is not None,
+                measure=measure,
+                momentum=any(b is not None for b in bufs),
+                copy=copies is not None,
+            )
+            step_kernel[(self._tiles,)](
+                pointers,
+                self._tensor,
+                self._start,
+                self._sizes,
+                flags,
+                self._rows[1],
+                self._hyper[1],
+                self._partials,
+                len(grads),
+                **chosen,
+                **options(self._dtype),
+            )
+        if measure and self._num_layers:
+            reduce_kernel[(self._num_layers, 4)](
+                self._partials, self._bounds, out, out.stride(0), BLOCK=REDUCE_BLOCK, **REDUCE_OPTIONS
+            )
+
+    def _table(self, grads, prevs, bufs, copies) -> tuple[Tensor, Tensor]:
+        """Pointers and flags on the device; uploaded only if these addresses are not among the last few."""
+        grad = [t.data_ptr() for t in grads]
+        key = (
+            *(p.data_ptr() for p in self._params),
+            *grad,
+            *((t.data_ptr() for t in prevs) if prevs is not None else grad),
+            *(g if b is None else b.data_ptr() for g, b in zip(grad, bufs, strict=True)),
+            *(copies or ()),
+            *(b is None for b in bufs),
+        )
+        if key in self._tables:
+            self._tables.move_to_end(key)
+            return self._tables[key]
+        pointers = np.array(key[: 4 * len(grad)], np.int64).reshape(4, -1)
+        flags = _ALIGNED.value * (pointers % 16 == 0).all(0).astype(np.int32)
+        flags += _BUFFERED.value * np.array([b is not None for b in bufs], np.int32)
+        if copies is not None:
+            flags += _COPIED.value * np.array(copies, np.int32)
+        if len(self._tables) == _TABLES:
+            self._tables.popitem(last=False)
+        self._tables[key] = (self._upload(pointers), self._upload(flags))
+        return self._tables[key]
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        host = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return host
+        # Pinned, so that the copy does not wait for the device; torch keeps the pages until it is done.
+        return host.pin_memory().to(self._device, non_blocking=True)

@@ -115,6 +115,13 @@ class Engine:
         dot, sq_norm, _, prev_sq_norm = self._last_row
         return measures.correlation(dot, sq_norm, prev_sq_norm)
 
+    def global_correlation(self) -> Tensor:
+        """Latest mu of all layers together: float64, 0-dim."""
+        if self._last_row is None:
+            return torch.tensor(torch.nan, dtype=torch.float64)
+        dot, sq_norm, _, prev_sq_norm = self._last_row.sum(1)
+        return measures.correlation(dot, sq_norm, prev_sq_norm)
+
     def open_window(self, h: int) -> Window:
         """A window on the next `h` steps."""
         window = Window(h, self.layer_names, lambda w: self.windows.remove(w) if w in self.windows else None)

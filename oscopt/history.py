@@ -77,7 +77,7 @@ class History:
         return self._block[self._filled]
 
     def commit(self, step: int, lr: np.ndarray, prev_lr: np.ndarray) -> None:
-        """Make the row last asked for part of the record, as step `step` with learning rates of shape (L,)."""
+        """Make the row last asked for part of the record: step number, learning rates of shape (L,)."""
         self._filled += 1
         self._steps.append(step)
         self._host["lr"].append(lr)

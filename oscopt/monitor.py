@@ -82,6 +82,11 @@ class OscMonitor:
         return self._engine.correlation()
 
     @property
+    def global_correlation(self) -> Tensor:
+        """Latest correlation of all layers together: float64, 0-dim, on the parameters' device."""
+        return self._engine.global_correlation()
+
+    @property
     def layer_names(self) -> tuple[str, ...]:
         """Names of the L layers."""
         return self._engine.layer_names

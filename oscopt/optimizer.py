@@ -34,7 +34,7 @@ class OscGD(Optimizer):
         momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
         layers: which parameters make up a layer. "module": those that one module owns directly, named by its
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
-            measure) or layer name -> list of parameter names. A callable, parameter name -> layer name or None.
+            measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None.
         every: measure every `every`-th step; the others cost what SGD costs.
         sample: reserved; must be 1.0.
         adapt: reserved; must be None.
@@ -111,6 +111,11 @@ class OscGD(Optimizer):
     def correlation(self) -> Tensor:
         """Latest correlation mu of each layer: float64, shape (L,), on the parameters' device, no waiting."""
         return self._ensure_engine().correlation()
+
+    @property
+    def global_correlation(self) -> Tensor:
+        """Latest correlation of all layers together: float64, 0-dim, on the device, no waiting."""
+        return self._ensure_engine().global_correlation()
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -1,0 +1,329 @@
+"""Run any experiment of the paper: full-batch gradient descent with every gradient measured.
+
+    python benchmarks/run.py --model resnet34
+    python benchmarks/run.py --experiment fig2 --preset paper --data-root data
+    python benchmarks/run.py --resume --out runs/fig5-mnist5k-small
+
+Exit codes: 0 done, 2 bad input, 3 the loss diverged, 130 and 143 interrupted (resume with --resume).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import io
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NoReturn
+
+from study.config import Config
+from study.errors import Diverged, Interrupted, UserError
+from study.experiments import DEFAULT_ROW, TABLE
+
+MODELS = tuple(DEFAULT_ROW)
+DATASETS = ("mnist5k", "mnist", "fashion-mnist", "cifar10", "svhn")
+PRESETS = ("small", "paper")
+OPTIMIZERS = ("oscgd", "sgd", "adam")
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for bad input, instead of the usage as well."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (--help shows all options)", file=sys.stderr)
+        sys.exit(2)
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """A finite number greater than 0."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = -1
+        if not (value > 0 and math.isfinite(value)):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} greater than 0")
+        return value
+
+    return parse
+
+
+def parser() -> Parser:
+    p = Parser(prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_argument_group("what to run")
+    what.add_argument("--model", choices=MODELS, help="the paper's experiment with this model")
+    what.add_argument("--experiment", metavar="ID", help=f"a row of the table: {', '.join(TABLE)}")
+    what.add_argument("--preset", choices=PRESETS, help="default: paper with a GPU, else small")
+    settings = p.add_argument_group("settings, instead of the preset's")
+    settings.add_argument("--dataset", choices=DATASETS)
+    settings.add_argument("--optimizer", choices=OPTIMIZERS)
+    settings.add_argument("--lr", type=positive(float))
+    settings.add_argument("--epochs", type=positive(int))
+    settings.add_argument("--n-train", type=positive(int), metavar="N", help="pictures to train on")
+    settings.add_argument("--width", type=positive(int), help="channels of the first block")
+    settings.add_argument("--image-size", type=positive(int), metavar="PIXELS")
+    settings.add_argument("--micro-batch", type=positive(int), metavar="N", help="pictures at a time")
+    settings.add_argument("--layers", choices=("module", "parameter"))
+    settings.add_argument("--seed", type=int)
+    settings.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    settings.add_argument("--threads", type=positive(int), help="of the CPU")
+    where = p.add_argument_group("where")
+    where.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: data)")
+    where.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/ID-DATASET-PRESET)")
+    where.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    where.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    where.add_argument("--checkpoint-seconds", type=positive(float), default=30.0, metavar="S")
+    return p
+
+
+SETTINGS = ("dataset", "optimizer", "lr", "epochs", "n_train", "width", "image_size", "micro_batch")
+SETTINGS += ("layers", "seed", "device", "threads")
+
+
+def configure(options: argparse.Namespace) -> Config:
+    """The settings that the command line asks for; says which preset, and why."""
+    import torch
+
+    if options.experiment is not None and options.experiment not in TABLE:
+        raise UserError(f"unknown experiment {options.experiment!r}; there are {', '.join(TABLE)}")
+    if options.experiment is None and options.model is None:
+        raise UserError("say what to run: --model resnet34, or --experiment fig5 (--help shows all options)")
+    row = TABLE[options.experiment or DEFAULT_ROW[options.model]]
+    if options.model not in (None, row.model):
+        raise UserError(f"--experiment {row.id} is about {row.model}, not {options.model}; leave out --model")
+    gpu = torch.cuda.is_available()
+    preset = options.preset or ("paper" if gpu else "small")
+    why = "as asked" if options.preset else f"there is {'a' if gpu else 'no'} GPU; --preset overrides it"
+    print(f"{row.id}: {row.model}, preset {preset} ({why})")
+    device = options.device or ("cuda" if gpu else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used here ({reason}); use --device cpu") from None
+    chosen = row.settings(preset)
+    config = Config(
+        experiment=row.id,
+        preset=preset,
+        model=row.model,
+        optimizer=row.optimizer,
+        seed=0,
+        layers="module",
+        device=device,
+        threads=torch.get_num_threads(),
+        **asdict(chosen),
+    )
+    given = {key: getattr(options, key) for key in SETTINGS if getattr(options, key) is not None}
+    config = replace(config, **given)
+    # A shorter run keeps its matrices: one near the start, one near the end.
+    if config.epochs != chosen.epochs:
+        scaled = (epoch * config.epochs // chosen.epochs for epoch in config.matrices)
+        config = replace(config, matrices=tuple(sorted(set(scaled))))
+    return config
+
+
+def machine() -> dict[str, object]:
+    """What a run's numbers may depend on besides its settings."""
+    import numpy
+    import torch
+
+    import oscopt
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "oscopt": oscopt.__version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def open_folder(options: argparse.Namespace):
+    """The run's folder and settings; checks that the folder may be used so."""
+    from study.folder import CONFIG, Folder
+
+    if options.resume and options.overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one of them")
+    if options.resume and options.out and options.model is options.experiment is None:
+        folder = Folder(options.out)
+        config = folder.read_config()
+        asked = {key: getattr(options, key) for key in SETTINGS if getattr(options, key) is not None}
+        asked |= {} if options.preset is None else {"preset": options.preset}
+        asked = replace(config, **asked)
+    else:
+        asked = configure(options)
+        folder = Folder(options.out or f"runs/{asked.experiment}-{asked.dataset}-{asked.preset}")
+        if folder.holds_run and not (options.resume or options.overwrite):
+            raise UserError(f"{folder.path} holds a run already; use --resume, --overwrite or another --out")
+        config = folder.read_config() if options.resume else asked
+    ours, theirs = asked.to_dict(), config.to_dict()
+    if differing := [f"{key} ({theirs[key]}, now {ours[key]})" for key in ours if ours[key] != theirs[key]]:
+        raise UserError(f"cannot resume {folder.path} with other settings: {', '.join(differing)}")
+    if not options.resume:
+        folder.clear()
+        folder.write_json(CONFIG, {"settings": config.to_dict(), "machine": machine()})
+    return folder, config
+
+
+class Display:
+    """A live line on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, epochs: int, quiet_seconds: float = 10.0) -> None:
+        self._live = sys.stdout.isatty()
+        self._interval = 0.2 if self._live else quiet_seconds
+        self._last, self._first = -math.inf, None
+        self._epochs = epochs
+
+    def __call__(self, trainer) -> None:
+        now, progress = time.monotonic(), trainer.progress
+        if self._first is None:
+            self._first = (now, len(progress))
+        done = len(progress)
+        if now - self._last < self._interval and done < self._epochs:
+            return
+        self._last = now
+        speed = (done - self._first[1]) / (now - self._first[0]) if now > self._first[0] else float("nan")
+        left = (self._epochs - done) / speed if speed > 0 else float("nan")
+        text = (
+            f"epoch {done}/{self._epochs}  loss {progress.loss[-1]:.4f}  "
+            f"accuracy {progress.accuracy[-1]:6.1%}  "
+            f"correlation {progress.correlation[-1]:+.3f}  {speed:.2f} epochs/s  {_duration(left)} left"
+        )
+        print(f"\r\x1b[2K{text}" if self._live else text, end="" if self._live else "\n", flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            print()
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def write_results(folder, trainer) -> list[str]:
+    """Write everything that is drawn from the record; the summary's lines."""
+    import numpy as np
+
+    from study import figure, report
+    from study.folder import EPOCHS, HISTORY, VERDICT
+    from study.rules import Record, judge
+    from study.summary import summarise
+
+    progress, config = trainer.progress, trainer.config
+    if not len(progress):
+        return ["nothing was recorded"]
+    record = Record(trainer.history, np.array(progress.loss))
+    with folder.writing(EPOCHS) as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["epoch", "loss", "accuracy", "global_correlation", "windowed_mean", "seconds"])
+        for epoch, values in enumerate(
+            zip(
+                progress.loss,
+                progress.accuracy,
+                progress.correlation,
+                record.windowed,
+                progress.seconds,
+                strict=True,
+            )
+        ):
+            rows.writerow([epoch, *(repr(float(value)) for value in values)])
+    trainer.history.save(folder / HISTORY)
+    verdicts = judge(TABLE[config.experiment].claims, record)
+    folder.write_json(VERDICT, [asdict(v) | {"measured": _json_number(v.measured)} for v in verdicts])
+    lines = summarise(record, progress.accuracy, verdicts)
+    page = figure.draw(record, trainer.matrices, config)
+    svg = io.StringIO()
+    page.savefig(svg, format="svg")
+    with folder.writing("figure.png", "wb") as file:
+        page.savefig(file, format="png", dpi=130)
+    with folder.writing("figure.svg") as file:
+        file.write(svg.getvalue())
+    title = f"{config.model} on {config.dataset}, {config.optimizer}, lr {config.lr:g}"
+    with folder.writing("report.html") as file:
+        file.write(report.page(title, lines, verdicts, config.to_dict(), svg.getvalue()))
+    return lines
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    folder = None
+    try:
+        folder, config = open_folder(options)
+        return _run(folder, config, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def _run(folder, config: Config, options: argparse.Namespace) -> int:
+    from study.train import Trainer, run
+
+    trainer = Trainer(config, options.data_root)
+    if options.resume:
+        state, note = folder.load_checkpoint()
+        if note:
+            print(note, file=sys.stderr)
+        if state is not None:
+            trainer.load_state_dict(state)
+        print(f"resuming {folder.path} at epoch {len(trainer.progress)}")
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        f"{config.model} with {parameters:,} parameters in {len(trainer.meter.layer_names)} layers, "
+        f"{trainer.count:,} pictures of {config.dataset}, {config.optimizer} lr {config.lr:g}, "
+        f"{config.epochs} epochs, on {config.device} "
+        f"({trainer.meter.backend} kernels, {config.threads} threads)"
+    )
+    display, code = Display(config.epochs), 0
+    try:
+        run(trainer, folder, options.checkpoint_seconds, display)
+    except Diverged as error:
+        code = 3
+        message = f"error: {error}; everything up to then is in {folder.path}"
+    except Interrupted as interruption:
+        code = interruption.exit_code
+        command = shlex.join(["python", sys.argv[0], "--resume", "--out", str(folder.path)])
+        message = f"interrupted; go on with: {command}"
+    finally:
+        display.close()
+    for line in write_results(folder, trainer):
+        print(line)
+    print(f"files         {folder.path}/report.html, figure.png, history.npz, epochs.csv, ...")
+    if code:
+        print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The study of the paper: experiments, data, models, training, figures."""

@@ -1,0 +1,65 @@
+"""The settings of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run's numbers depend on, apart from the machine and the versions.
+
+    Attributes:
+        experiment: id of the row of :data:`study.experiments.TABLE` that gave the defaults.
+        preset: "paper" or "small".
+        model, dataset, optimizer: names; see :mod:`study.models`, :mod:`study.data`, :mod:`study.train`.
+        lr: learning rate.
+        epochs: full-batch steps.
+        n_train: pictures to train on; None: all.
+        width: channels of the first block (the models' own width is 64); unused by `linear`.
+        image_size: side of the pictures, in pixels; None: as they are.
+        micro_batch: pictures that are run through the model at a time.
+        matrices: epochs at which a window of `WINDOW` gradients starts.
+        seed: of the initial weights and of the choice of pictures.
+        layers: "module" or "parameter".
+        device, threads: of torch.
+    """
+
+    experiment: str
+    preset: str
+    model: str
+    dataset: str
+    optimizer: str
+    lr: float
+    epochs: int
+    n_train: int | None
+    width: int
+    image_size: int | None
+    micro_batch: int
+    matrices: tuple[int, ...]
+    seed: int
+    layers: str
+    device: str
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"matrices": list(self.matrices)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a setting is missing.
+        """
+        missing = [f.name for f in fields(cls) if f.name not in values]
+        if missing:
+            raise ValueError(f"it lacks {missing[0]!r}")
+        known = {f.name: values[f.name] for f in fields(cls)}
+        return cls(**known | {"matrices": tuple(known["matrices"])})
+
+
+WINDOW = 5
+"""Iterations in a window, the paper's h (Sec. II-A)."""

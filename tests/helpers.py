@@ -1,0 +1,53 @@
+"""What several tests need."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("torch", "triton") if DEVICE == "cuda" else ("torch", "numba", "triton")
+
+
+class Quadratic(nn.Module):
+    """f(x) = 1/2 x'Hx for one parameter x, in float64: gradient Hx."""
+
+    def __init__(self, hessian: torch.Tensor, start: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("hessian", hessian.double())
+        self.x = nn.Parameter(start.double().clone())
+
+    def forward(self) -> torch.Tensor:
+        return 0.5 * self.x @ self.hessian @ self.x
+
+
+def small_net(seed: int = 0, device: str = DEVICE, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Convolution, batch norm, linear: six parameters in three layers."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    return net.to(device, dtype)
+
+
+def batch(seed: int = 0, device: str = DEVICE, dtype: torch.dtype = torch.float32):
+    """Pictures and labels for :func:`small_net`."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(16, 3, 8, 8, generator=generator)
+    return x.to(device, dtype), torch.randint(0, 10, (16,), generator=generator).to(device)
+
+
+def train(net: nn.Module, optimizer, steps: int, *, set_to_none: bool = True, data=None) -> list[float]:
+    """Full-batch steps; the losses before each."""
+    x, y = batch(device=next(net.parameters()).device.type) if data is None else data
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def gradients(net: nn.Module) -> list[torch.Tensor]:
+    """Copies of the parameters' gradients, in float64."""
+    return [p.grad.detach().double().clone() for p in net.parameters()]

@@ -1,0 +1,243 @@
+"""Every backend against float64 oracles, over lists of tensors of all kinds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import BACKENDS, DEVICE
+from hypothesis import given
+from hypothesis import settings as options
+from hypothesis import strategies as st
+
+from oscopt import kernels
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIZES = (0, 1, 3, 4, 7, 1023, 1024, 4095, 4096, 4097, 8191, 8192, 8193, 33000)
+FORMS = ("plain", "transposed", "channels_last", "misaligned", "gaps")
+PLAIN = (0.1, 0.0, 1.0, 0.0, 0.0, 1.0)
+FULL = (0.1, 0.9, 0.7, 0.01, 0.9, -1.0)
+
+
+def make(size: int, form: str, dtype: torch.dtype, scale: float, generator) -> torch.Tensor:
+    """A tensor of about `size` elements with the strides of `form`."""
+
+    def draw(*shape):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
+
+    if form == "transposed":
+        return draw(3, math.ceil(size / 3)).t()
+    if form == "channels_last":
+        side = max(1, math.isqrt(size // 8 or 1))
+        return draw(2, 4, side, side).contiguous(memory_format=torch.channels_last)
+    if form == "misaligned":
+        return draw(size + 1)[1:]
+    if form == "gaps":
+        return draw(size, 2)[:, 0]
+    return draw(size)
+
+
+def oracle(layer_of, num_layers, grads, prevs) -> torch.Tensor:
+    """The four sums in float64, by numpy."""
+    sums = np.zeros((4, num_layers))
+    for layer, g, q in zip(layer_of, grads, prevs, strict=True):
+        if layer >= 0:
+            g, q = g.cpu().double().numpy().ravel(), q.cpu().double().numpy().ravel()
+            d = g - q
+            sums[:, layer] += [(g * q).sum(), (g * g).sum(), (d * d).sum(), (q * q).sum()]
+    return torch.from_numpy(sums)
+
+
+def expected_update(p, g, b, row):
+    """HYPER's formulas in float64: parameter, buffer."""
+    lr, decay, gain, weight_decay, lookahead, sign = row
+    p, g = p.cpu().double(), g.cpu().double()
+    d = sign * g + (weight_decay * p if weight_decay else 0)
+    if b is not None:
+        b = decay * b.cpu().double() + gain * d
+        d = d + lookahead * b if lookahead else b
+    return p - lr * d, b
+
+
+def plan_for(name, params, grads, layer_of, num_layers):
+    return kernels.Plan(params, grads, layer_of, num_layers, kernels.backend(name, params[0].device))
+
+
+@st.composite
+def problems(draw, most: int):
+    """A list of parameters with their gradients and what is to be done with them."""
+    count = draw(st.integers(1, most))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(DTYPES))
+    mixed = draw(st.booleans())
+    scale = 10.0 ** draw(st.integers(-30, 30) if dtype in DTYPES[:2] else st.integers(-2, 2))
+    params, grads, prevs = [], [], []
+    for _ in range(count):
+        kind = draw(st.sampled_from(DTYPES)) if mixed else dtype
+        if kind == torch.float16:
+            scale = min(max(scale, 1e-2), 1e2)
+        size, form = draw(st.sampled_from(SIZES)), draw(st.sampled_from(FORMS))
+        p = make(size, form, kind, 1.0, generator)
+        like = torch.empty_like(p) if kernels.dense(p) else p
+        params.append(p)
+        for tensors in (grads, prevs):
+            values = torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale
+            tensors.append(like.clone().copy_(values.to(kind)))
+    layer_of = [draw(st.integers(-1, 3)) for _ in range(count)]
+    return params, grads, prevs, layer_of
+
+
+def check(name, problem, momentum, copy, row):
+    params, grads, prevs, layer_of = problem
+    bufs = [torch.ones_like(p) if momentum else None for p in params]
+    copies = [copy and i % 2 == 0 for i in range(len(params))] if copy else None
+    before = [p.clone() for p in params], [g.clone() for g in grads], [q.clone() for q in prevs]
+    old_bufs = [None if b is None else b.clone() for b in bufs]
+    out = torch.empty((4, 4), dtype=torch.float64, device=DEVICE)
+    plan = plan_for(name, params, grads, layer_of, 4)
+    plan.step(grads, prevs, bufs, copies, [0] * len(params), [row], out)
+    # Sums: float64 accumulation of exact products.
+    expected = oracle(layer_of, 4, before[1], before[2])
+    scale = expected[[1, 1, 1, 3]] + expected[[3, 3, 3, 3]]
+    assert ((out.cpu() - expected).abs() <= 1e-12 * scale + 1e-300).all()
+    # The update: within two units in the last place of what its terms allow.
+    for p, q, g, x, c, y, b, b0 in zip(
+        params, prevs, grads, before[0], before[1], before[2], bufs, old_bufs, strict=True
+    ):
+        exact, exact_b = expected_update(x, c, b0, row)
+        eps = torch.finfo(p.dtype).eps
+        size = x.cpu().double().abs() + row[0] * 3 * (c.cpu().double().abs() + 2)
+        limit = torch.finfo(p.dtype).max
+        fine = (exact.abs() < limit) & (size * eps < limit)
+        difference = (p.cpu().double() - exact).abs()
+        assert (difference <= 4 * eps * size + torch.finfo(p.dtype).tiny)[fine].all()
+        if b is not None:
+            assert ((b.cpu().double() - exact_b).abs() <= 4 * eps * (c.cpu().double().abs() + 2))[fine].all()
+        assert torch.equal(g, c)
+        index = next(i for i, t in enumerate(prevs) if t is q)
+        assert torch.equal(q, c if copies is not None and copies[index] else y)
+
+
+@pytest.mark.parametrize("name", [b for b in BACKENDS if b != "triton"])
+@given(problem=problems(most=30), momentum=st.booleans(), copy=st.booleans(), full=st.booleans())
+@options(max_examples=40)
+def test_random_lists(name, problem, momentum, copy, full):
+    check(name, problem, momentum, copy, FULL if full else PLAIN)
+
+
+@given(problem=problems(most=4), momentum=st.booleans(), copy=st.booleans(), full=st.booleans())
+@options(max_examples=25)
+def test_random_lists_triton(problem, momentum, copy, full):
+    check("triton", problem, momentum, copy, FULL if full else PLAIN)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_many_and_large(name):
+    """300 tensors, and one of 10^6 elements, in few layers."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1 + i % 7 for i in range(300)] + [10**6]
+    tensors = [[make(n, "plain", torch.float32, 1.0, generator) for n in sizes] for _ in range(3)]
+    layer_of = [i % 5 for i in range(300)] + [2]
+    out = torch.empty((4, 5), dtype=torch.float64, device=DEVICE)
+    expected = oracle(layer_of, 5, tensors[1], tensors[2])
+    plan = plan_for(name, tensors[0], tensors[1], layer_of, 5)
+    plan.step(tensors[1], tensors[2], [None] * 301, None, [0] * 301, [PLAIN], out)
+    assert torch.allclose(out.cpu(), expected, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_stays_in_its_layer(name, bad):
+    params = [torch.zeros(5000, device=DEVICE) for _ in range(2)]
+    grads = [torch.ones(5000, device=DEVICE) for _ in range(2)]
+    prevs = [torch.ones(5000, device=DEVICE) for _ in range(2)]
+    grads[0][4321] = bad
+    out = torch.empty((4, 2), dtype=torch.float64, device=DEVICE)
+    plan = plan_for(name, params, grads, [0, 1], 2)
+    plan.step(grads, prevs, [None, None], None, [0, 0], [PLAIN], out)
+    assert out[:3, 0].isnan().all() and out[3, 0] == 5000
+    assert out[:, 1].tolist() == [5000, 5000, 0, 5000]
+    expected = torch.zeros(5000, device=DEVICE).add(grads[0], alpha=-0.1)
+    assert torch.equal(params[0].isnan(), expected.isnan()) and torch.equal(
+        params[0].isinf(), expected.isinf()
+    )
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_infinite_parameter_without_weight_decay(name):
+    """0 * inf must not get in."""
+    p = torch.full((5000,), torch.inf, device=DEVICE)
+    plan = plan_for(name, [p], [p], [0], 1)
+    plan.step([torch.ones_like(p)], None, [None], None, [0], [PLAIN], None)
+    assert p.isinf().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_reruns_agree_bit_for_bit(name):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [100_000, 5, 70_000, 33]
+    first = [[make(n, "plain", torch.float32, 1.0, generator) for n in sizes] for _ in range(3)]
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        params, grads, prevs = ([t.clone() for t in tensors] for tensors in first)
+        out = torch.empty((4, 2), dtype=torch.float64, device=DEVICE)
+        plan_for(name, params, grads, [0, 0, 1, 1], 2).step(
+            grads, prevs, [None] * 4, None, [0] * 4, [FULL], out
+        )
+        results.append((params, out))
+    if name == "torch":  # its sums are torch's own, which depend on the number of threads
+        results.pop(1)
+    for params, out in results[1:]:
+        assert torch.equal(out, results[0][1])
+        assert all(torch.equal(a, b) for a, b in zip(params, results[0][0], strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_groups_with_and_without_momentum(name):
+    """Rows of hyperparameters differ by tensor, a buffer is only where it is given."""
+    params = [torch.ones(5000, device=DEVICE) for _ in range(2)]
+    grads = [torch.full((5000,), 2.0, device=DEVICE) for _ in range(2)]
+    bufs = [torch.full((5000,), 4.0, device=DEVICE), None]
+    rows = [(0.5, 0.5, 1.0, 0.0, 0.0, 1.0), (0.25, 0.0, 1.0, 0.0, 0.0, 1.0)]
+    plan = plan_for(name, params, grads, [0, 1], 2)
+    plan.step(grads, None, bufs, None, [0, 1], rows, None)
+    assert (params[0] == 1 - 0.5 * 4).all() and (params[1] == 1 - 0.25 * 2).all()
+    assert (bufs[0] == 4).all() and (grads[1] == 2).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_measuring_alone_changes_nothing(name):
+    p, g, q = (torch.randn(9000, device=DEVICE) for _ in range(3))
+    before = p.clone(), g.clone(), q.clone()
+    out = torch.empty((4, 1), dtype=torch.float64, device=DEVICE)
+    plan_for(name, [p], [g], [0], 1).step([g], [q], [None], None, [0], None, out)
+    assert all(torch.equal(a, b) for a, b in zip((p, g, q), before, strict=True))
+    assert torch.allclose(out.cpu(), oracle([0], 1, [g], [q]))
+
+
+def test_dense():
+    x = torch.empty(4, 6, 5)
+    assert kernels.dense(x) and kernels.dense(x.permute(2, 0, 1)) and kernels.dense(x[:, :, None])
+    assert kernels.dense(torch.empty(())) and kernels.dense(torch.empty(0, 3)[:, :2])
+    assert not kernels.dense(x[:, ::2]) and not kernels.dense(torch.empty(1).expand(4))
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="Invalid backend: 'cublas'; use one of 'auto'"):
+        kernels.backend("cublas", torch.device("cpu"))
+
+
+def test_backend_on_the_wrong_device():
+    with pytest.raises(RuntimeError, match="backend='numba' cannot run on device 'meta'.*backend='auto'"):
+        kernels.backend("numba", torch.device("meta"))
+
+
+def test_hint_without_numba(monkeypatch):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels, "_hinted", set())
+    with pytest.warns(UserWarning, match=r"numba is not installed.*pip install 'oscopt\[cpu\]'") as caught:
+        names = [kernels.backend("auto", torch.device("cpu")).NAME for _ in range(3)]
+    assert names == ["torch"] * 3 and len(caught) == 1

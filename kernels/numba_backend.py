@@ -69,9 +69,10 @@ class Batch:
             self._rows = (list(rows), np.array(rows, np.int64))
         if hyper is not None and self._hyper[0] is not hyper:
             self._hyper = (hyper, np.array(hyper, np.float64))
+        of_torch = torch.get_num_threads()
         threads = 1
         if len(self._work) and self._work[-1] > _SERIAL:
-            threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+            threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)
         arguments = (
             _addresses(self._params) if hyper is not None else _NO_ADDRESSES,
             _addresses(grads),
@@ -90,6 +91,9 @@ class Batch:
         )
         numba.set_num_threads(threads)
         _call(_step, arguments, self._params[0].dtype)
+        # Starting its threads, numba sets OpenMP's number of threads, which is torch's as well.
+        if torch.get_num_threads() != of_torch:
+            torch.set_num_threads(of_torch)
         if prevs is not None:
             _reduce(self._partials, self._layer_bounds, out.numpy())
 

@@ -234,9 +234,8 @@ class OscGD(Optimizer):
         """Names of all parameters, in the order of the groups."""
         names: list[str] = []
         for group in self.param_groups:
-            names += group.get("param_names") or (
-                f"param{len(names) + i}" for i in range(len(group["params"]))
-            )
+            first, count = len(names), len(group["params"])
+            names += group.get("param_names") or [f"param{first + i}" for i in range(count)]
         return names
 
     def _assign_layers(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -79,6 +81,7 @@ def _matrix(axis: Axes, matrix: np.ndarray, epoch: int):
             colour = "white" if abs(value) > 0.6 else "black"
             axis.text(j, i, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize=7)
     axis.set_title(f"Pairs, epochs {epoch} to {epoch + len(matrix) - 1}")
+    axis.set_anchor("S")
     return image
 
 
@@ -102,7 +105,16 @@ def _dots(axis: Axes, record: Record, shown: list[int]) -> None:
         name = record.history.layer_names[layer]
         axis.plot(values[:, layer], _STYLES[i], color=_GREYS[i], label=name, lw=1.3)
     if len(known):
-        axis.set_yscale("symlog", linthresh=float(np.quantile(known, 0.1)))
+        _signed_log(axis, float(np.quantile(known, 0.1)), float(known.max()))
     axis.axhline(0, color="0.4", lw=0.8)
     axis.set(xlabel="epoch", ylabel="dot product", title="Dot products of adjacent gradients (symmetric log)")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _signed_log(axis: Axes, smallest: float, largest: float) -> None:
+    """A symmetric log scale with at most four labels on either side of 0."""
+    low, high = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))
+    axis.set_yscale("symlog", linthresh=10.0**low)
+    powers = range(high, low, -max(1, math.ceil((high - low) / 4)))
+    axis.set_yticks([-(10.0**k) for k in powers] + [0.0] + [10.0**k for k in reversed(powers)])
+    axis.minorticks_off()

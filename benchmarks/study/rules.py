@@ -17,7 +17,7 @@ from oscopt import History
 from .config import WINDOW
 
 HYSTERESIS = 0.1
-SHORTEST = 5  # epochs: a phase that is to count as seen
+START = 10  # epochs, of which the paper says that a CNN begins with about as many smooth ones
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,6 @@ def decrease_share(loss: np.ndarray, signs: np.ndarray) -> float:
     return float(-np.diff(loss)[signs[:-1] < 0].sum() / total)
 
 
-def _first_phase(record: Record) -> tuple[int, int]:
-    """Sign and length of the first phase."""
-    signs = phase_signs(record.windowed)
-    signs = signs[signs != 0]
-    if not len(signs):
-        return 0, 0
-    changes = np.flatnonzero(signs != signs[0])
-    return int(signs[0]), int(changes[0]) if len(changes) else len(signs)
-
-
 def _end(record: Record) -> float:
     """Mean of w over the last tenth of the epochs."""
     windowed = record.windowed
@@ -86,9 +76,13 @@ def _least_windowed(record: Record) -> float:
     return float(np.nanmin(record.windowed))
 
 
-def _signed_first_phase(record: Record) -> float:
-    sign, length = _first_phase(record)
-    return float(sign * length)
+def _start(record: Record) -> float:
+    """Mean of w over the first `START` epochs."""
+    return float(np.nanmean(record.windowed[: START + 1]))
+
+
+def _early_negative(record: Record) -> float:
+    return _negative_share(record.windowed[: max(2, len(record.windowed) // 5)])
 
 
 def _decrease(record: Record) -> float:
@@ -135,15 +129,9 @@ class Rule:
 
 RULES: dict[str, Rule] = {
     "correlated_throughout": Rule("smallest w >= 0.9", _least_windowed, lambda v: v >= 0.9),
-    "smooth_first": Rule(
-        f"the first phase is positive, of at least {SHORTEST} epochs",
-        _signed_first_phase,
-        lambda v: v >= SHORTEST,
-    ),
+    "smooth_first": Rule(f"mean w of the first {START} epochs >= 0.8", _start, lambda v: v >= 0.8),
     "oscillates_first": Rule(
-        f"the first phase is negative, of at least {SHORTEST} epochs",
-        _signed_first_phase,
-        lambda v: v <= -SHORTEST,
+        "w negative in more than half of the first fifth of the epochs", _early_negative, lambda v: v > 0.5
     ),
     "oscillates_later": Rule("mean w of the last tenth <= -0.5", _end, lambda v: v <= -0.5),
     "stable_later": Rule("mean w of the last tenth >= 0.9", _end, lambda v: v >= 0.9),

@@ -109,7 +109,7 @@ TWO = np.ones((60, 2))
 CASES = {
     "correlated_throughout": (record([0.95] * 60), record([0.95] * 30 + [0.1] * 30)),
     "smooth_first": (record(OTHER), record(SWITCH)),
-    "oscillates_first": (record(SWITCH), record([-0.8] * 3 + [0.9] * 57)),
+    "oscillates_first": (record(SWITCH), record([-0.8] * 4 + [0.9] * 56)),
     "oscillates_later": (record(OTHER), record(SWITCH)),
     "stable_later": (record(SWITCH), record(OTHER)),
     "decrease_while_negative": (record(SWITCH, DOWN_EARLY), record(SWITCH, DOWN_LATE)),

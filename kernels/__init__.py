@@ -23,7 +23,8 @@ A backend is a module with
 * ``unavailable(device) -> str``: why it cannot run there (empty: it can),
 * ``DTYPES``: the dtypes that it handles; what it does not (another dtype, a gradient of another dtype than
   its parameter, a parameter with gaps in memory) goes to `torch`,
-* ``Batch(params, layer_of, num_layers)`` with the method ``step`` described by :class:`BatchProtocol`.
+* ``Batch(params, layer_of, num_layers)`` with the method ``step`` described by :class:`BatchProtocol`,
+* ``SampleBatch``, alike, described by :class:`oscopt.kernels.sampling.SampleBatchProtocol`.
 """
 
 from __future__ import annotations

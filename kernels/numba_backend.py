@@ -107,6 +107,27 @@ class Batch:
         return self._shares[threads]
 
 
+class SampleBatch:
+    """See :class:`oscopt.kernels.sampling.SampleBatchProtocol`."""
+
+    def __init__(self, like: Sequence[Tensor], tensor_of, start, stop, position) -> None:
+        self._dtype = like[0].dtype
+        self._tag = np.zeros(1, _STORAGE[self._dtype])
+        self._blocks = tuple(t.numpy() for t in (tensor_of, start, stop, position))
+        self._work = int((stop - start).sum())
+
+    def step(self, grads, kept, out) -> None:
+        of_torch = torch.get_num_threads()
+        count = len(self._blocks[0])
+        threads = 1 if self._work <= _SERIAL else min(of_torch, numba.config.NUMBA_NUM_THREADS)
+        share = np.linspace(0, count, threads + 1).astype(np.int64)
+        tables = (_addresses(grads), _addresses(kept), *self._blocks, share)
+        numba.set_num_threads(threads)
+        _call(_sample_step, (*tables, self._dtype.itemsize, self._tag, out.numpy()), self._dtype)
+        if torch.get_num_threads() != of_torch:
+            torch.set_num_threads(of_torch)
+
+
 def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
     return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
 
@@ -345,6 +366,49 @@ def _step(p, g, q, buf, copy, rows, hyper, tensor, start, stop, share, itemsize,
             partials[c, 1] = sums[1]
             partials[c, 2] = sums[2]
             partials[c, 3] = sums[3]
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _sample_step(g, kept, tensor, start, stop, position, share, itemsize, tag, out):
+    for thread in prange(share.size - 1):
+        for b in range(share[thread], share[thread + 1]):
+            k, n = tensor[b], stop[b] - start[b]
+            g_block = numba.carray(_pointer(g[k] + start[b] * itemsize, tag), n)
+            q_block = numba.carray(_pointer(kept[k] + position[b] * itemsize, tag), n)
+            sums = _sum(g_block, q_block)
+            out[b, 0] = sums[0]
+            out[b, 1] = sums[1]
+            out[b, 2] = sums[2]
+            out[b, 3] = sums[3]
+            _copy(q_block, g_block)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def estimate(blocks, lengths, scale, correction, row):
+    """What :meth:`oscopt.kernels.sampling.SamplePlan.step` writes to `row`, in two passes over the blocks."""
+    first = 0
+    for layer in range(lengths.size):
+        last = first + lengths[layer]
+        total = np.zeros(4)
+        for b in range(first, last):
+            for s in range(4):
+                total[s] += blocks[b, s]
+        for s in range(4):
+            value = total[s] * scale[layer]
+            row[s, layer] = value if np.isfinite(value) else np.nan
+        row[4, layer] = 0.0
+        if correction[layer] != 0:
+            # Deviations from the estimate itself, which the mean without one block differs from by O(1 / m).
+            centre = total[0] / np.sqrt(total[1] * total[3])
+            away = squares = 0.0
+            for b in range(first, last):
+                product = (total[1] - blocks[b, 1]) * (total[3] - blocks[b, 3])
+                d = (total[0] - blocks[b, 0]) / np.sqrt(product) - centre
+                away += d
+                squares += d * d
+            count = last - first
+            row[4, layer] = np.sqrt(correction[layer] * max(squares - away * away / count, 0.0))
+        first = last
 
 
 @njit(nogil=True, cache=True)

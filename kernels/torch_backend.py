@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import dense
+
 NAME = "torch"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -58,6 +60,21 @@ class Batch:
                         )
         for i in (i for i, copy in enumerate(copies or ()) if copy):
             prevs[i].copy_(grads[i])
+
+
+class SampleBatch:
+    """See :class:`oscopt.kernels.sampling.SampleBatchProtocol`."""
+
+    def __init__(self, like: Sequence[Tensor], tensor_of, start, stop, position) -> None:
+        columns = (t.tolist() for t in (tensor_of, start, stop, position))
+        self._blocks = list(zip(*columns, strict=True))
+
+    def step(self, grads, kept, out) -> None:
+        flat = [g.as_strided((g.numel(),), (1,)) if dense(g) else g.reshape(-1) for g in grads]
+        for n, (k, start, stop, position) in enumerate(self._blocks):
+            g, q = flat[k][start:stop], kept[k][position : position + stop - start]
+            out[n] = sums(g, q)
+            q.copy_(g)
 
 
 def _update(params, grads, bufs, lr, decay, gain, weight_decay, lookahead, sign) -> None:

@@ -22,12 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import sampling
+
 NAME = "triton"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 BLOCK = 1024  # elements that a program holds at a time
 TILE = 8 * BLOCK  # elements of a program
 REDUCE_BLOCK = 256
+SAMPLE_ROWS = 128  # blocks of a sample that a program takes
 REDUCE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 _ALIGNED: tl.constexpr = tl.constexpr(1)  # all pointers are multiples of 16 bytes
@@ -188,6 +191,43 @@ def reduce_kernel(
     tl.store(out_ptr + s * stride + layer, tl.where(value - value == 0, value, float("nan")))
 
 
+@triton.jit
+def sample_kernel(
+    pointers_ptr,  # int64 (2, N): addresses of gradients and of kept blocks
+    tensor_ptr,  # int64 (blocks,): each block's tensor
+    start_ptr,  # int64 (blocks,): its first element
+    stop_ptr,  # int64 (blocks,): the one after its last
+    position_ptr,  # int64 (blocks,): its first kept element
+    out_ptr,  # float64 (blocks, 4)
+    N,
+    blocks,
+    ELEMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Take the sums of ROWS blocks and keep their elements."""
+    b = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = b < blocks
+    k = tl.load(tensor_ptr + b, mask=there, other=0)
+    start = tl.load(start_ptr + b, mask=there, other=0)
+    stop = tl.load(stop_ptr + b, mask=there, other=0)
+    position = tl.load(position_ptr + b, mask=there, other=0)
+    element = tl.pointer_type(ELEMENT)
+    g_ptr = tl.load(pointers_ptr + k, mask=there, other=0).to(element) + start
+    q_ptr = tl.load(pointers_ptr + N + k, mask=there, other=0).to(element) + position
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes[None, :] < (stop - start)[:, None]
+    g_raw = tl.load(g_ptr[:, None] + lanes[None, :], mask=mask, other=0.0)
+    g = g_raw.to(tl.float64)
+    q = tl.load(q_ptr[:, None] + lanes[None, :], mask=mask, other=0.0).to(tl.float64)
+    tl.store(q_ptr[:, None] + lanes[None, :], g_raw, mask=mask)
+    diff = g - q
+    tl.store(out_ptr + 4 * b, tl.sum(g * q, axis=1), mask=there)
+    tl.store(out_ptr + 4 * b + 1, tl.sum(g * g, axis=1), mask=there)
+    tl.store(out_ptr + 4 * b + 2, tl.sum(diff * diff, axis=1), mask=there)
+    tl.store(out_ptr + 4 * b + 3, tl.sum(q * q, axis=1), mask=there)
+
+
 _ELEMENT = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -230,10 +270,10 @@ class Batch:
         start = (np.arange(tiles.sum()) - np.repeat(first, tiles)) * TILE
         bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
         self._tiles = len(tensor)
-        self._tensor = self._upload(tensor)
-        self._start = self._upload(start.astype(np.int64))
-        self._sizes = self._upload(sizes)
-        self._bounds = self._upload(bounds.astype(np.int32))
+        self._tensor = _upload(tensor, self._device)
+        self._start = _upload(start.astype(np.int64), self._device)
+        self._sizes = _upload(sizes, self._device)
+        self._bounds = _upload(bounds.astype(np.int32), self._device)
         self._partials = torch.empty((self._tiles, 4), dtype=torch.float64, device=self._device)
         self._tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
         self._rows: tuple[Sequence[int] | None, Tensor | None] = (None, None)
@@ -243,9 +283,10 @@ class Batch:
         measure = prevs is not None
         if self._tiles:
             if self._rows[0] != rows:
-                self._rows = (list(rows), self._upload(np.array(rows, np.int32)))
+                self._rows = (list(rows), _upload(np.array(rows, np.int32), self._device))
             if self._hyper[0] is not hyper or self._hyper[1] is None:
-                self._hyper = (hyper, self._upload(np.array(hyper or [[0.0] * 6], np.float64)))
+                table = np.array(hyper or [[0.0] * 6], np.float64)
+                self._hyper = (hyper, _upload(table, self._device))
             pointers, flags = self._table(grads, prevs, bufs, copies)
             chosen = constants(
                 self._dtype,
@@ -293,12 +334,42 @@ class Batch:
             flags += _COPIED.value * np.array(copies, np.int32)
         if len(self._tables) == _TABLES:
             self._tables.popitem(last=False)
-        self._tables[key] = (self._upload(pointers), self._upload(flags))
+        self._tables[key] = (_upload(pointers, self._device), _upload(flags, self._device))
         return self._tables[key]
 
-    def _upload(self, array: np.ndarray) -> Tensor:
-        host = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return host
-        # Pinned, so that the copy does not wait for the device; torch keeps the pages until it is done.
-        return host.pin_memory().to(self._device, non_blocking=True)
+
+class SampleBatch:
+    """See :class:`oscopt.kernels.sampling.SampleBatchProtocol`."""
+
+    def __init__(self, like: Sequence[Tensor], tensor_of, start, stop, position) -> None:
+        self._dtype, self._device = like[0].dtype, like[0].device
+        self._blocks = [t.to(self._device) for t in (tensor_of, start, stop, position)]
+        self._tables: OrderedDict[tuple, Tensor] = OrderedDict()
+
+    def step(self, grads, kept, out) -> None:
+        key = (*(t.data_ptr() for t in grads), *(t.data_ptr() for t in kept))
+        if key not in self._tables:
+            if len(self._tables) == _TABLES:
+                self._tables.popitem(last=False)
+            self._tables[key] = _upload(np.array(key, np.int64), self._device)
+        self._tables.move_to_end(key)
+        count = len(self._blocks[0])
+        sample_kernel[(triton.cdiv(count, SAMPLE_ROWS),)](
+            self._tables[key],
+            *self._blocks,
+            out,
+            len(grads),
+            count,
+            ELEMENT=_ELEMENT[self._dtype],
+            BLOCK=sampling.BLOCK,
+            ROWS=SAMPLE_ROWS,
+            **REDUCE_OPTIONS,
+        )
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(array)
+    if device.type == "cpu":
+        return host
+    # Pinned, so that the copy does not wait for the device; torch keeps the pages until it is done.
+    return host.pin_memory().to(device, non_blocking=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import kernels, measures
 from .history import History
+from .kernels.sampling import SamplePlan
 from .window import Window
 
 PREVIOUS = "prev_grad"
@@ -24,6 +25,12 @@ PREVIOUS = "prev_grad"
 
 COPIED = "prev_grad_copied"
 """Key of a mark there: the previous gradient is a copy of ours, as the tensor itself is being reused."""
+
+SAMPLE = "prev_sample"
+"""Key of the drawn blocks of a parameter's previous gradient there, when only a part is measured."""
+
+SAMPLE_LAYOUT = "prev_sample_layout"
+"""Key of the strides that these blocks were cut by."""
 
 _PLANS = 8  # patterns of missing gradients whose plans are kept
 
@@ -52,6 +59,7 @@ class Engine:
             numbers of their parameter groups.
         layers: the name of each parameter's layer, None: not measured.
         every: measure every so many steps.
+        sample: the fraction of each layer that is measured.
         backend: "auto" or one of :data:`oscopt.kernels.BACKENDS`.
         history: where the sums go.
     """
@@ -64,6 +72,7 @@ class Engine:
         groups: Sequence[int],
         layers: Sequence[str | None],
         every: int,
+        sample: float,
         backend: str,
         history: History,
     ) -> None:
@@ -93,13 +102,18 @@ class Engine:
         self.backends = {device: kernels.backend(backend, device) for device in devices}
         self.backend = "+".join(dict.fromkeys(module.NAME for module in self.backends.values()))
         self._every = every
+        self._sample = sample
+        self._sample_plans: dict[tuple, list[tuple[list[int], SamplePlan]]] = {}
         self.history = history
         history.add_layers(self.layer_names)
         self.device = next(iter(devices), torch.device("cpu"))
         """Where the record gathers: the device of the first parameter."""
         self._last_row: Tensor | None = None
         self._plans: dict[tuple, list[tuple[list[int] | None, kernels.Plan]]] = {}
-        self._kept = [i for i, slot in enumerate(self.slots) if PREVIOUS in slot.state]
+        for slot in self.slots:
+            self._drop_what_does_not_fit(slot)
+        key = PREVIOUS if sample == 1.0 else SAMPLE
+        self._kept = [i for i, slot in enumerate(self.slots) if key in slot.state]
         self._lr: tuple[tuple, np.ndarray] = ((), np.zeros(0))
         self._prev_lr = np.full(len(self.layer_names), np.nan)
         self.windows: list[Window] = []
@@ -112,14 +126,14 @@ class Engine:
         """Latest mu of each layer: float64, shape (L,)."""
         if self._last_row is None:
             return torch.full((len(self.layer_names),), torch.nan, dtype=torch.float64)
-        dot, sq_norm, _, prev_sq_norm = self._last_row
+        dot, sq_norm, _, prev_sq_norm = self._last_row[:4]
         return measures.correlation(dot, sq_norm, prev_sq_norm)
 
     def global_correlation(self) -> Tensor:
         """Latest mu of all layers together: float64, 0-dim."""
         if self._last_row is None:
             return torch.tensor(torch.nan, dtype=torch.float64)
-        dot, sq_norm, _, prev_sq_norm = self._last_row.sum(1)
+        dot, sq_norm, _, prev_sq_norm = self._last_row[:4].sum(1)
         return measures.correlation(dot, sq_norm, prev_sq_norm)
 
     def open_window(self, h: int) -> Window:
@@ -169,25 +183,55 @@ class Engine:
         present = [i for i, g in enumerate(grads) if g is not None]
         measured = (step + 1) % self._every == 0
         keep = (step + 2) % self._every == 0
-        prevs, copies, lost = self._pairs(grads, present) if measured else (None, None, [])
+        prevs, copies, lost = None, None, []
+        if measured and self._sample == 1.0:
+            prevs, copies, lost = self._pairs(grads, present)
         row = self.history.next_row(self.device) if measured else None
-        if row is not None and not present:
+        if row is not None:
             row.zero_()
-        for n, (index, plan) in enumerate(self._plan(present, grads)):
-            out = row if n == 0 or row is None else torch.empty_like(row, device=plan.device)
-            plan.step(*(kernels.pick(v, index) for v in (grads, prevs, bufs, copies, rows)), hyper, out)
-            if n and row is not None:
-                row += out.to(row.device)
+        if self._sample < 1.0 and (measured or keep):
+            lost = self._measure_sample(grads, present, row)
+        if self._sample == 1.0 or hyper is not None:
+            for n, (index, plan) in enumerate(self._plan(present, grads)):
+                out = None
+                if prevs is not None:
+                    out = row[:4] if n == 0 else torch.empty_like(row[:4], device=plan.device)
+                plan.step(*(kernels.pick(v, index) for v in (grads, prevs, bufs, copies, rows)), hyper, out)
+                if n and out is not None:
+                    row[:4] += out.to(row.device)
         lr_row = self._layer_lr(lr)
         if row is not None:
             if lost:
-                row[0, lost] = row[2, lost] = row[3, lost] = torch.nan
+                row[0, lost] = row[2, lost] = row[3, lost] = row[4, lost] = torch.nan
             self._last_row = row
             self.history.commit(step, lr_row, self._prev_lr)
         self._prev_lr = lr_row
         for window in tuple(self.windows):
             window.add([self.slots[i].layer for i in present], [grads[i] for i in present])
-        self._keep(grads, present if keep else [], copied=measured)
+        if self._sample == 1.0:
+            self._keep(grads, present if keep else [], copied=measured)
+
+    def _measure_sample(self, grads, present, row: Tensor | None) -> list[int]:
+        """Measure the drawn blocks and keep them; the layers that have no valid pair."""
+        lost: set[int] = set()
+        index = [i for i in present if self.slots[i].layer >= 0]
+        if self._kept != index:
+            lost.update(self.slots[i].layer for i in set(self._kept).symmetric_difference(index))
+            for i in set(self._kept).difference(index):
+                self.slots[i].state.pop(SAMPLE, None)
+        for n, (members, plan) in enumerate(self._sample_plan(index, grads)):
+            for i, size in zip(members, plan.kept_sizes, strict=True):
+                slot = self.slots[i]
+                if SAMPLE not in slot.state:
+                    slot.state[SAMPLE] = grads[i].new_zeros(size)
+                    slot.state[SAMPLE_LAYOUT] = list(slot.stride)
+            out = row if n == 0 or row is None else torch.empty_like(row, device=grads[members[0]].device)
+            kept = [self.slots[i].state[SAMPLE] for i in members]
+            plan.step([grads[i] for i in members], kept, out)
+            if n and row is not None:
+                row += out.to(row.device)
+        self._kept = index
+        return sorted(lost)
 
     def _pairs(self, grads, present) -> tuple[list, list[bool] | None, Sequence[int]]:
         """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
@@ -261,6 +305,46 @@ class Engine:
                 for device, index in by_device.items()
             ]
         return self._plans[key]
+
+    def _sample_plan(self, index: list[int], grads) -> list[tuple[list[int], SamplePlan]]:
+        """For each device, its slots and its plan."""
+        key = (*index, *(grads[i].dtype for i in index))
+        if key not in self._sample_plans:
+            by_device: dict[torch.device, list[int]] = {}
+            for i in index:
+                by_device.setdefault(self.slots[i].param.device, []).append(i)
+            if len(self._sample_plans) == _PLANS:
+                self._sample_plans.pop(next(iter(self._sample_plans)))
+            self._sample_plans[key] = [
+                (
+                    members,
+                    SamplePlan(
+                        [self.slots[i].param for i in members],
+                        [grads[i] for i in members],
+                        [self.slots[i].layer for i in members],
+                        self.layer_names,
+                        self.backends[device],
+                        self._sample,
+                    ),
+                )
+                for device, members in by_device.items()
+            ]
+        return self._sample_plans[key]
+
+    def _drop_what_does_not_fit(self, slot: Slot) -> None:
+        """Forget what was kept in another mode, or with another order of memory."""
+        if self._sample == 1.0 or slot.state.get(SAMPLE_LAYOUT) != list(slot.stride):
+            slot.state.pop(SAMPLE, None)
+            slot.state.pop(SAMPLE_LAYOUT, None)
+        if self._sample < 1.0:
+            slot.state.pop(PREVIOUS, None)
+            slot.state.pop(COPIED, None)
+
+    def correlation_stderr(self) -> Tensor:
+        """Standard error of the latest mu of each layer: float64, shape (L,); 0 where all is measured."""
+        if self._last_row is None:
+            return torch.full((len(self.layer_names),), torch.nan, dtype=torch.float64)
+        return self._last_row[4]
 
     def _layer_lr(self, lr: tuple[float, ...]) -> np.ndarray:
         """Learning rate of every layer, NaN where its parameters differ; the same array until it changes."""

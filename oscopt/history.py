@@ -19,6 +19,8 @@ from .kernels import SUMS
 if TYPE_CHECKING:
     import pandas
 
+RECORDED = (*SUMS, "correlation_stderr")
+"""What one row of the record holds for each layer."""
 _HOST = ("lr", "prev_lr")
 _FORMAT = 1
 _BLOCK = 256  # steps that gather on the device before they move to the host
@@ -37,8 +39,8 @@ class History:
         self._layer_names: tuple[str, ...] = ()
         self._steps: list[int] = []
         self._host: dict[str, list[np.ndarray]] = {name: [] for name in _HOST}
-        self._blocks: list[np.ndarray | Tensor] = []  # (4, steps, layers), on the host or on their way
-        self._block: Tensor | None = None  # (_BLOCK, 4, L) on the device
+        self._blocks: list[np.ndarray | Tensor] = []  # (steps, 5, layers), on the host or on their way
+        self._block: Tensor | None = None  # (_BLOCK, 5, L) on the device
         self._filled = 0
 
     def __len__(self) -> int:
@@ -67,12 +69,12 @@ class History:
             self._layer_names = names
 
     def next_row(self, device: torch.device) -> Tensor:
-        """Where the next step's sums are to be written: float64, shape (4, L), on `device`."""
+        """Where the next step's :data:`RECORDED` go: float64, shape (5, L), on `device`."""
         if self._block is not None and (self._filled == _BLOCK or self._block.device != device):
             self._close_block()
         if self._block is None:
             self._block = torch.empty(
-                (_BLOCK, len(SUMS), len(self._layer_names)), dtype=torch.float64, device=device
+                (_BLOCK, len(RECORDED), len(self._layer_names)), dtype=torch.float64, device=device
             )
         return self._block[self._filled]
 
@@ -129,6 +131,11 @@ class History:
         return self._sum("prev_sq_norm")
 
     @property
+    def correlation_stderr(self) -> np.ndarray:
+        """Standard error of `correlation()` if a sample is measured, else 0: float64, shape (T, L)."""
+        return self._sum("correlation_stderr")
+
+    @property
     def lr(self) -> np.ndarray:
         """Learning rate of the step: float64, shape (T, L); NaN where a layer's parameters differ in it."""
         return self._per_layer("lr")
@@ -183,7 +190,7 @@ class History:
         except ImportError as error:
             raise ImportError("History.to_pandas needs pandas: pip install pandas") from error
         index = pandas.MultiIndex.from_product([self.steps, self.layer_names], names=["step", "layer"])
-        columns = {name: getattr(self, name) for name in (*SUMS, "lr", "step_scale")}
+        columns = {name: getattr(self, name) for name in (*RECORDED, "lr", "step_scale")}
         columns["correlation"] = self.correlation()
         columns["curvature"] = self.curvature()
         return pandas.DataFrame({k: v.ravel() for k, v in columns.items()}, index=index)
@@ -193,7 +200,7 @@ class History:
     def save(self, path: str | os.PathLike) -> None:
         """Write an .npz file, whole or not at all: `format`, `steps`, `layer_names` and the arrays."""
         path = Path(path)
-        arrays = {name: getattr(self, name) for name in (*SUMS, *_HOST, "step_scale")}
+        arrays = {name: getattr(self, name) for name in (*RECORDED, *_HOST, "step_scale")}
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -231,7 +238,7 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and strings only: `torch.load(..., weights_only=True)` reads it back."""
-        arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in (*SUMS, *_HOST)}
+        arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in (*RECORDED, *_HOST)}
         return {
             "format": _FORMAT,
             "steps": torch.from_numpy(self.steps),
@@ -250,7 +257,7 @@ class History:
 
     @classmethod
     def _from_arrays(cls, data: dict[str, np.ndarray], source: str) -> History:
-        wanted = ("format", "steps", "layer_names", *SUMS, *_HOST)
+        wanted = ("format", "steps", "layer_names", *RECORDED, *_HOST)
         if missing := [name for name in wanted if name not in data]:
             raise ValueError(f"{source} is no history: it lacks {missing[0]!r}")
         if int(data["format"]) != _FORMAT:
@@ -258,14 +265,14 @@ class History:
                 f"{source} is a history of format {int(data['format'])}, this oscopt reads {_FORMAT}"
             )
         shape = (len(data["steps"]), len(data["layer_names"]))
-        for name in (*SUMS, *_HOST):
+        for name in (*RECORDED, *_HOST):
             if data[name].shape != shape:
                 raise ValueError(f"{source} is damaged: {name!r} has shape {data[name].shape}, not {shape}")
         history = cls()
         history._layer_names = tuple(str(name) for name in data["layer_names"])
         history._steps = [int(step) for step in data["steps"]]
         if history._steps:
-            history._blocks = [np.stack([data[name] for name in SUMS], axis=1)]
+            history._blocks = [np.stack([data[name] for name in RECORDED], axis=1)]
         for name in _HOST:
             history._host[name] = list(data[name])
         return history
@@ -277,7 +284,7 @@ class History:
     # ---- inside ------------------------------------------------------------------------------------------
 
     def _sum(self, name: str) -> np.ndarray:
-        row, width = SUMS.index(name), len(self._layer_names)
+        row, width = RECORDED.index(name), len(self._layer_names)
         blocks = [_on_host(block)[:, row] for block in self._blocks]
         if self._block is not None and self._filled:
             blocks.append(self._block[: self._filled, row].cpu().numpy())

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .engine import COPIED, PREVIOUS, Engine
+from .engine import COPIED, PREVIOUS, SAMPLE, SAMPLE_LAYOUT, Engine
 from .history import History
 from .layers import Layers, assign
 from .window import Window
+
+_KEYS = (PREVIOUS, COPIED, SAMPLE, SAMPLE_LAYOUT)
 
 
 class OscMonitor:
@@ -21,7 +23,7 @@ class OscMonitor:
     Args:
         optimizer: any ``torch.optim.Optimizer``. Its trajectory stays what it is, bit for bit.
         named_parameters: `model.named_parameters()`; those that `optimizer` holds are measured.
-        layers, every, backend, history: as in :class:`oscopt.OscGD`.
+        layers, every, sample, backend, history: as in :class:`oscopt.OscGD`.
 
     Raises:
         ValueError: `optimizer` holds none of the parameters; or as in :class:`oscopt.OscGD`.
@@ -36,11 +38,14 @@ class OscMonitor:
         *,
         layers: Layers = "module",
         every: int = 1,
+        sample: float = 1.0,
         backend: str = "auto",
         history: History | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"Invalid every: {every!r}; use a whole number of steps, 1 or more")
+        if not (isinstance(sample, int | float) and 0.0 < sample <= 1.0):
+            raise ValueError(f"Invalid sample: {sample!r}; use a fraction greater than 0 and at most 1")
         group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         held = {name: p for name, p in named_parameters if p in group_of}
         if not held:
@@ -55,6 +60,7 @@ class OscMonitor:
             "groups": [group_of[p] for p in held.values()],
             "layers": assign(list(held), layers),
             "every": every,
+            "sample": float(sample),
             "backend": backend,
             "history": self._history,
         }
@@ -80,6 +86,11 @@ class OscMonitor:
     def correlation(self) -> Tensor:
         """Latest correlation mu of each layer: float64, shape (L,), on the parameters' device."""
         return self._engine.correlation()
+
+    @property
+    def correlation_stderr(self) -> Tensor:
+        """Standard error of `correlation` with `sample` < 1, else 0: float64, shape (L,)."""
+        return self._engine.correlation_stderr()
 
     @property
     def global_correlation(self) -> Tensor:
@@ -122,11 +133,7 @@ class OscMonitor:
         for name, state in self._states.items():
             state.clear()
             state.update(
-                {
-                    key: state_dict["state"][name][key]
-                    for key in (PREVIOUS, COPIED)
-                    if key in state_dict["state"][name]
-                }
+                {key: state_dict["state"][name][key] for key in _KEYS if key in state_dict["state"][name]}
             )
         self._engine = self._new_engine()
 

@@ -36,7 +36,9 @@ class OscGD(Optimizer):
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
             measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None.
         every: measure every `every`-th step; the others cost what SGD costs.
-        sample: reserved; must be 1.0.
+        sample: in (0, 1]. Less than 1: measure a fixed pseudo-random choice of aligned blocks that holds this
+            fraction of each layer (at least 4,096 elements, or all of it), and keep only their previous
+            gradient. The sums are then unbiased estimates; `correlation_stderr` tells the error.
         adapt: reserved; must be None.
         backend: "auto", "triton" (CUDA, ROCm), "numba" (CPU) or "torch" (anywhere).
         history: record into this one, which goes on where it ends. Default: a new one.
@@ -46,7 +48,7 @@ class OscGD(Optimizer):
             `history` belongs to other layers.
         TypeError: a parameter is complex or not floating-point.
         RuntimeError: `backend` cannot run on the parameters' device.
-        NotImplementedError: `sample` or `adapt` is used.
+        NotImplementedError: `adapt` is used.
 
     Example:
         >>> optimizer = OscGD(model.named_parameters(), lr=0.1)
@@ -78,8 +80,8 @@ class OscGD(Optimizer):
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"Invalid every: {every!r}; use a whole number of steps, 1 or more")
-        if sample != 1.0:
-            raise NotImplementedError(f"sample={sample!r} is not available yet; use sample=1.0")
+        if not (isinstance(sample, int | float) and 0.0 < sample <= 1.0):
+            raise ValueError(f"Invalid sample: {sample!r}; use a fraction greater than 0 and at most 1")
         if adapt is not None:
             raise NotImplementedError(f"adapt={adapt!r} is not available yet; use adapt=None")
         if history is not None and not isinstance(history, History):
@@ -97,6 +99,7 @@ class OscGD(Optimizer):
         self._layers = layers
         self._assigned: dict[str, str | None] = {}  # parameter -> layer
         self._every = every
+        self._sample = float(sample)
         self._backend = backend
         self._history = History() if history is None else history
         self._engine: Engine | None = None
@@ -111,6 +114,11 @@ class OscGD(Optimizer):
     def correlation(self) -> Tensor:
         """Latest correlation mu of each layer: float64, shape (L,), on the parameters' device, no waiting."""
         return self._ensure_engine().correlation()
+
+    @property
+    def correlation_stderr(self) -> Tensor:
+        """Standard error of `correlation` with `sample` < 1, else 0: float64, shape (L,), on the device."""
+        return self._ensure_engine().correlation_stderr()
 
     @property
     def global_correlation(self) -> Tensor:
@@ -217,7 +225,9 @@ class OscGD(Optimizer):
         self._engine = None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("_every", "_backend", "_history", "_assigned")}
+        own = {
+            name: getattr(self, name) for name in ("_every", "_sample", "_backend", "_history", "_assigned")
+        }
         own["_layers"] = self._layers if isinstance(self._layers, str) else dict(self._assigned)
         return super().__getstate__() | own
 
@@ -257,6 +267,7 @@ class OscGD(Optimizer):
                 groups=[i for i, group in enumerate(self.param_groups) for _ in group["params"]],
                 layers=list(self._assigned.values()),
                 every=self._every,
+                sample=self._sample,
                 backend=self._backend,
                 history=self._history,
             )

@@ -46,15 +46,15 @@ OSCILLATES_FIRST = ("oscillates_first", "stable_later", "decrease_while_negative
 
 _LINEAR = Settings("mnist5k", lr=0.01, epochs=500, matrices=(5, 490), n_train=1000)
 _CNN = Settings(
-    "mnist5k", 0.1, epochs=300, matrices=(5, 250), n_train=512, width=16, image_size=16, micro_batch=512
+    "mnist5k", 0.1, epochs=150, matrices=(5, 140), n_train=2000, width=16, image_size=16, micro_batch=1000
 )
 _VGG = Settings(
-    "mnist5k", 0.1, epochs=250, matrices=(5, 240), n_train=256, width=16, image_size=32, micro_batch=256
+    "mnist5k", 0.02, epochs=400, matrices=(5, 90), n_train=256, width=16, image_size=32, micro_batch=256
 )
 _RESNET18 = Settings(
     "mnist5k", 0.1, epochs=300, matrices=(15, 290), n_train=512, width=16, image_size=16, micro_batch=512
 )
-_RESNET34 = replace(_RESNET18, epochs=250, matrices=(15, 240), n_train=1000, micro_batch=1000)
+_RESNET34 = replace(_RESNET18, epochs=200, matrices=(15, 190), n_train=1000, micro_batch=1000)
 
 _PAPER: dict[str, Settings] = {
     "linear": Settings("mnist", 0.01, epochs=2500, matrices=(5, 2490)),

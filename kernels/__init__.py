@@ -23,8 +23,7 @@ A backend is a module with
 * ``unavailable(device) -> str``: why it cannot run there (empty: it can),
 * ``DTYPES``: the dtypes that it handles; what it does not (another dtype, a gradient of another dtype than
   its parameter, a parameter with gaps in memory) goes to `torch`,
-* ``Batch(params, layer_of, num_layers)`` with the method ``step`` described by :class:`BatchProtocol`,
-* ``SampleBatch``, alike, described by :class:`oscopt.kernels.sampling.SampleBatchProtocol`.
+* ``Batch(params, layer_of, num_layers, drawn)`` with the method ``step``, as :class:`BatchProtocol` says.
 """
 
 from __future__ import annotations
@@ -38,6 +37,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .sampling import Drawn
 
 SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm")
 """Names of the rows of a plan's output."""
@@ -60,8 +61,17 @@ step), `lookahead` is the momentum of Nesterov's form or 0, `sign` is -1 to maxi
 class BatchProtocol(Protocol):
     """What every backend's ``Batch`` does."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of: Sequence[int], num_layers: int) -> None:
-        """Prepare for `params`: same device, same dtype, sorted by `layer_of`; -1 (first): not measured."""
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        layer_of: Sequence[int],
+        num_layers: int,
+        drawn: Sequence[Drawn] | None = None,
+    ) -> None:
+        """Prepare for `params`: same device, same dtype, sorted by `layer_of`; -1 (first): not measured.
+
+        `drawn`: the blocks of each that are measured (:mod:`oscopt.kernels.sampling`). None: all of it.
+        """
 
     def step(
         self,
@@ -84,6 +94,10 @@ class BatchProtocol(Protocol):
             rows: the row of `hyper` for each parameter.
             hyper: rows of :data:`HYPER`; None: measure only, nothing but `prevs` and `out` is written.
             out: float64 tensor of shape (4, num_layers), overwritten with :data:`SUMS`; None: as `prevs`.
+
+        With `drawn`, prevs[i] has `drawn[i].kept_size` elements, the drawn blocks, and always holds those of
+        `grads[i]` afterwards (`copies` is not looked at); `out` has shape (10, num_layers), see
+        :data:`oscopt.kernels.sampling.MOMENTS`.
         """
 
 
@@ -143,6 +157,7 @@ class Plan:
         layer_of: the index of each parameter's layer, -1: not measured.
         num_layers: L.
         backend: the backend's module, from :func:`backend`.
+        drawn: as :class:`BatchProtocol` has it.
     """
 
     def __init__(
@@ -152,6 +167,7 @@ class Plan:
         layer_of: Sequence[int],
         num_layers: int,
         backend: ModuleType,
+        drawn: Sequence[Drawn] | None = None,
     ) -> None:
         from . import torch_backend
 
@@ -165,7 +181,9 @@ class Plan:
         self._batches: list[tuple[list[int] | None, BatchProtocol]] = [
             (
                 None if index == natural else index,
-                module.Batch([params[i] for i in index], [layer_of[i] for i in index], num_layers),
+                module.Batch(
+                    pick(params, index), [layer_of[i] for i in index], num_layers, pick(drawn, index)
+                ),
             )
             for (module, _), index in groups.items()
         ]

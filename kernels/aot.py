@@ -40,6 +40,9 @@ VARIANTS = {
 }
 """Compile-time arguments of the step kernel, by name."""
 
+SAMPLE = "sample"
+"""Name of the kernel that measures drawn blocks."""
+
 REDUCE = "reduce"
 """Name of the kernel that sums up layers, always in float64."""
 
@@ -53,6 +56,10 @@ _TYPES = {
     "hyper_ptr": "*fp64",
     "partial_ptr": "*fp64",
     "N": "i32",
+    "first_ptr": "*i64",
+    "origin_ptr": "*i64",
+    "number_ptr": "*i32",
+    "scale_ptr": "*fp64",
     "bounds_ptr": "*i32",
     "out_ptr": "*fp64",
     "stride": "i32",
@@ -92,7 +99,10 @@ def compile_variant(target: str, dtype: torch.dtype, variant: str):
     """The compiled kernel; `target` is one that :func:`check_target` lets pass."""
     gpu = parse_target(target)
     if variant == REDUCE:
-        kernel, constants = triton_backend.reduce_kernel, {"BLOCK": triton_backend.REDUCE_BLOCK}
+        kernel, constants = triton_backend.reduce_kernel, {"SUMS": 4, "BLOCK": triton_backend.REDUCE_BLOCK}
+        options = triton_backend.REDUCE_OPTIONS
+    elif variant == SAMPLE:
+        kernel, constants = triton_backend.sample_kernel, triton_backend.sample_constants(dtype)
         options = triton_backend.REDUCE_OPTIONS
     else:
         kernel, constants = triton_backend.step_kernel, triton_backend.constants(dtype, **VARIANTS[variant])
@@ -223,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     names = [str(d).removeprefix("torch.") for d in triton_backend.DTYPES]
     parser.add_argument("--dtype", nargs="+", default=names, choices=names)
-    variants = [*VARIANTS, REDUCE]
+    variants = [*VARIANTS, SAMPLE, REDUCE]
     parser.add_argument("--variant", nargs="+", default=variants, choices=variants)
     parser.add_argument("--json", action="store_true", help="one JSON array instead of a table")
     options = parser.parse_args(arguments)

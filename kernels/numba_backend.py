@@ -19,11 +19,14 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from .sampling import BLOCK, GROUP, NOTHING
+
 NAME = "numba"
 
 _CHUNK = 1 << 15  # elements: the unit of work that threads share
-_BLOCK = 1 << 10  # elements: three blocks of float64 fit the first-level cache
+_PART = 1 << 10  # elements: three blocks of float64 fit the first-level cache
 _SERIAL = 1 << 15  # elements in all below which waking other threads costs more than they save
+_AHEAD = 24  # drawn blocks that memory is asked for ahead: the hardware does not foresee random ones
 
 # The storage type that stands for a dtype in compiled code; half types travel as their bits.
 _STORAGE = {
@@ -44,22 +47,37 @@ def unavailable(device: torch.device) -> str:
 class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of: Sequence[int], num_layers: int) -> None:
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None) -> None:
         dtype = params[0].dtype
         self._tag = np.zeros(1, _STORAGE[dtype])
         self._itemsize = dtype.itemsize
         self._params = params
         sizes = np.array([p.numel() for p in params], np.int64)
-        chunks = -(-sizes // _CHUNK)
+        # A chunk of a sampled tensor holds whole groups of strata.
+        group = np.array([BLOCK * GROUP * d.stratum for d in drawn or [NOTHING] * len(params)], np.int64)
+        chunk = np.maximum(_CHUNK // group, 1) * group
+        chunks = -(-sizes // chunk)
         self._tensor = np.repeat(np.arange(len(params)), chunks)
         first = np.cumsum(chunks) - chunks
-        self._start = (np.arange(chunks.sum()) - np.repeat(first, chunks)) * _CHUNK
-        self._stop = np.minimum(self._start + _CHUNK, sizes[self._tensor])
+        self._start = (np.arange(chunks.sum()) - np.repeat(first, chunks)) * chunk[self._tensor]
+        self._stop = np.minimum(self._start + chunk[self._tensor], sizes[self._tensor])
         self._work = np.cumsum(self._stop - self._start)
         # Tensors are sorted by layer, so a layer's chunks are neighbours: [bounds[l], bounds[l + 1]).
         layer_of_chunk = np.asarray(layer_of, np.int64)[self._tensor]
         self._layer_bounds = np.searchsorted(layer_of_chunk, np.arange(num_layers + 1))
-        self._partials = np.zeros((len(self._tensor), 4))
+        self._partials = np.zeros((len(self._tensor), 4 if drawn is None else 10))
+        self._sample: tuple[np.ndarray, ...] | None = None
+        if drawn is not None:
+            # Drawn blocks [first, last) are a chunk's; a tensor's begin at `origin`.
+            stratum = np.array([d.stratum for d in drawn], np.int64)[self._tensor]
+            lengths = np.array([len(d.number) for d in drawn], np.int64)
+            origin = (np.cumsum(lengths) - lengths)[self._tensor]
+            first = origin + self._start // (BLOCK * stratum)
+            last = np.minimum(
+                first + chunk[self._tensor] // (BLOCK * stratum), origin + lengths[self._tensor]
+            )
+            scale = np.array([(d.stratum, d.moment_scale) for d in drawn])[self._tensor]
+            self._sample = (np.concatenate([d.number for d in drawn]), origin, first, last, sizes, scale)
         self._shares: dict[int, np.ndarray] = {}
         self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NO_ADDRESSES)
         self._hyper: tuple[object, np.ndarray] = (None, np.zeros((1, 6)))
@@ -90,7 +108,10 @@ class Batch:
             self._partials,
         )
         numba.set_num_threads(threads)
-        _call(_step, arguments, self._params[0].dtype)
+        if self._sample is None or prevs is None:
+            _call(_step, arguments, self._params[0].dtype)
+        else:
+            _call(_sample_step, (*arguments, *self._sample), self._params[0].dtype)
         # Starting its threads, numba sets OpenMP's number of threads, which is torch's as well.
         if torch.get_num_threads() != of_torch:
             torch.set_num_threads(of_torch)
@@ -105,27 +126,6 @@ class Batch:
             share[0], share[-1] = 0, len(self._work)
             self._shares[threads] = share.astype(np.int64)
         return self._shares[threads]
-
-
-class SampleBatch:
-    """See :class:`oscopt.kernels.sampling.SampleBatchProtocol`."""
-
-    def __init__(self, like: Sequence[Tensor], tensor_of, start, stop, position) -> None:
-        self._dtype = like[0].dtype
-        self._tag = np.zeros(1, _STORAGE[self._dtype])
-        self._blocks = tuple(t.numpy() for t in (tensor_of, start, stop, position))
-        self._work = int((stop - start).sum())
-
-    def step(self, grads, kept, out) -> None:
-        of_torch = torch.get_num_threads()
-        count = len(self._blocks[0])
-        threads = 1 if self._work <= _SERIAL else min(of_torch, numba.config.NUMBA_NUM_THREADS)
-        share = np.linspace(0, count, threads + 1).astype(np.int64)
-        tables = (_addresses(grads), _addresses(kept), *self._blocks, share)
-        numba.set_num_threads(threads)
-        _call(_sample_step, (*tables, self._dtype.itemsize, self._tag, out.numpy()), self._dtype)
-        if torch.get_num_threads() != of_torch:
-            torch.set_num_threads(of_torch)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
@@ -175,6 +175,21 @@ def _pointer(typing_context, address, tag):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(tag.dtype)(address, tag), generate
+
+
+@intrinsic
+def _prefetch(typing_context, address):
+    """Ask for the cache line at `address` (int64), to be read soon."""
+
+    def generate(context, builder, signature, args):
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
+        read, keep, data = (ir.Constant(number, value) for value in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(args[0], pointer), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic
@@ -258,6 +273,70 @@ def _sum(g, q):
     return dot, sq_norm, diff_sq_norm, prev_sq_norm
 
 
+@intrinsic
+def _sum_group(typing_context, g0, g1, g2, g3, q, tag, accumulators):
+    """Add the sums and moments of a group of GROUP whole blocks to `accumulators`, float64 (10, GROUP).
+
+    The blocks are at the addresses `g0` to `g3`; their previous values, at `q`, are overwritten. Spelled out
+    in vectors, four blocks at a time: from so short a loop the compiler makes scalar code, twice as slow.
+    """
+
+    def generate(context, builder, signature, args):
+        stored = signature.args[5].dtype
+        align = stored.bitwidth // 8
+        wide, lanes = ir.VectorType(ir.DoubleType(), BLOCK), ir.VectorType(ir.DoubleType(), GROUP)
+
+        def pointer(address, kind, offset):
+            address = builder.add(address, ir.Constant(ir.IntType(64), offset))
+            return builder.inttoptr(address, kind.as_pointer())
+
+        def as_double(raw):
+            if stored == types.uint16:
+                bits = builder.zext(raw, ir.VectorType(ir.IntType(32), BLOCK))
+                bits = builder.shl(bits, ir.Constant(bits.type, [16] * BLOCK))
+                raw = builder.bitcast(bits, ir.VectorType(ir.FloatType(), BLOCK))
+            elif stored == types.int16:
+                raw = builder.bitcast(raw, ir.VectorType(ir.HalfType(), BLOCK))
+            return raw if raw.type == wide else builder.fpext(raw, wide)
+
+        def add_up(x, y, *indices):
+            """Two selections from the elements of x and y, added."""
+            of = ir.VectorType(ir.IntType(32), len(indices[0]))
+            parts = (builder.shuffle_vector(x, y, ir.Constant(of, index)) for index in indices)
+            return builder.fadd(*parts)
+
+        def totals(vectors):
+            """The sums of four vectors, as one."""
+            a, b, c, d = (add_up(v, v, [0, 1, 2, 3], [4, 5, 6, 7]) for v in vectors)
+            ab, cd = (add_up(x, y, [0, 4, 2, 6], [1, 5, 3, 7]) for x, y in ((a, b), (c, d)))
+            return add_up(ab, cd, [0, 1, 4, 5], [2, 3, 6, 7])
+
+        def deviations(x):
+            swapped = add_up(x, x, [0, 1, 2, 3], [1, 0, 3, 2])
+            total = add_up(swapped, swapped, [0, 1, 2, 3], [2, 3, 0, 1])
+            return builder.fsub(x, builder.fmul(total, ir.Constant(lanes, [1 / GROUP] * GROUP)))
+
+        products = []
+        for i in range(GROUP):
+            kind = ir.VectorType(context.get_data_type(stored), BLOCK)
+            kept = pointer(args[4], kind, i * BLOCK * align)
+            raw = builder.load(pointer(args[i], kind, 0), align=align)
+            a, b = as_double(raw), as_double(builder.load(kept, align=align))
+            d = builder.fsub(a, b)
+            products.append([builder.fmul(x, y) for x, y in ((a, b), (a, a), (d, d), (b, b))])
+            builder.store(raw, kept, align=align)
+        sums = [totals(vectors) for vectors in zip(*products, strict=True)]
+        dot, sq, prev = (deviations(sums[i]) for i in (0, 1, 3))
+        pairs = ((dot, dot), (sq, sq), (prev, prev), (dot, sq), (dot, prev), (sq, prev))
+        for i, value in enumerate(sums + [builder.fmul(x, y) for x, y in pairs]):
+            into = pointer(args[6], lanes, i * GROUP * 8)
+            builder.store(builder.fadd(builder.load(into, align=8), value), into, align=8)
+        return context.get_dummy_value()
+
+    address = types.int64
+    return types.void(address, address, address, address, address, tag, address), generate
+
+
 # One loop per form of the update: a branch inside would keep them from vectorising.
 
 
@@ -315,8 +394,8 @@ def _chunk(p, g, q, buf, copy, n, row, itemsize, tag):
     lookahead = scalar + type(scalar)(row[4])
     sign = scalar + type(scalar)(row[5])
     dot = sq_norm = diff_sq_norm = prev_sq_norm = 0.0
-    for start in range(0, n, _BLOCK):
-        size = min(_BLOCK, n - start)
+    for start in range(0, n, _PART):
+        size = min(_PART, n - start)
         offset = start * itemsize
         g_block = numba.carray(_pointer(g + offset, tag), size)
         if q != 0:
@@ -368,54 +447,96 @@ def _step(p, g, q, buf, copy, rows, hyper, tensor, start, stop, share, itemsize,
             partials[c, 3] = sums[3]
 
 
-@njit(nogil=True, cache=True, parallel=True)
-def _sample_step(g, kept, tensor, start, stop, position, share, itemsize, tag, out):
-    for thread in prange(share.size - 1):
-        for b in range(share[thread], share[thread + 1]):
-            k, n = tensor[b], stop[b] - start[b]
-            g_block = numba.carray(_pointer(g[k] + start[b] * itemsize, tag), n)
-            q_block = numba.carray(_pointer(kept[k] + position[b] * itemsize, tag), n)
-            sums = _sum(g_block, q_block)
-            out[b, 0] = sums[0]
-            out[b, 1] = sums[1]
-            out[b, 2] = sums[2]
-            out[b, 3] = sums[3]
+@njit(nogil=True, cache=True)
+def _sample(g, size, kept, number, itemsize, tag):
+    """Sums and moments of the drawn blocks `number`, shape (10,); their elements are kept.
+
+    Called after the update of the elements that they were drawn from, which are in the cache then.
+    """
+    lanes = np.zeros((10, GROUP))
+    block = BLOCK * itemsize
+    last = number.size - GROUP
+    group = np.zeros((4, GROUP))
+    for first in range(0, number.size, GROUP):
+        ahead = min(first + _AHEAD, last)
+        for b in range(GROUP):
+            _prefetch(g + block * number[ahead + b])
+        q = kept + first * block
+        if BLOCK * (np.int64(number[first + GROUP - 1]) + 1) <= size:
+            g0, g1, g2, g3 = number[first], number[first + 1], number[first + 2], number[first + 3]
+            g0, g1, g2, g3 = g + block * g0, g + block * g1, g + block * g2, g + block * g3
+            _sum_group(g0, g1, g2, g3, q, tag, lanes.ctypes.data)
+            continue
+        for b in range(GROUP):
+            start = BLOCK * np.int64(number[first + b])
+            rest = max(min(size - start, BLOCK), 0)
+            g_block = numba.carray(_pointer(g + start * itemsize, tag), rest)
+            q_block = numba.carray(_pointer(q + b * block, tag), rest)
+            group[:, b] = _sum(g_block, q_block)
             _copy(q_block, g_block)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def estimate(blocks, lengths, scale, correction, row):
-    """What :meth:`oscopt.kernels.sampling.SamplePlan.step` writes to `row`, in two passes over the blocks."""
-    first = 0
-    for layer in range(lengths.size):
-        last = first + lengths[layer]
-        total = np.zeros(4)
-        for b in range(first, last):
-            for s in range(4):
-                total[s] += blocks[b, s]
+        lanes[:4] += group
         for s in range(4):
-            value = total[s] * scale[layer]
-            row[s, layer] = value if np.isfinite(value) else np.nan
-        row[4, layer] = 0.0
-        if correction[layer] != 0:
-            # Deviations from the estimate itself, which the mean without one block differs from by O(1 / m).
-            centre = total[0] / np.sqrt(total[1] * total[3])
-            away = squares = 0.0
-            for b in range(first, last):
-                product = (total[1] - blocks[b, 1]) * (total[3] - blocks[b, 3])
-                d = (total[0] - blocks[b, 0]) / np.sqrt(product) - centre
-                away += d
-                squares += d * d
-            count = last - first
-            row[4, layer] = np.sqrt(correction[layer] * max(squares - away * away / count, 0.0))
-        first = last
+            group[s] -= group[s].mean()
+        dot, sq_norm, prev_sq_norm = group[0], group[1], group[3]
+        lanes[4] += dot * dot
+        lanes[5] += sq_norm * sq_norm
+        lanes[6] += prev_sq_norm * prev_sq_norm
+        lanes[7] += dot * sq_norm
+        lanes[8] += dot * prev_sq_norm
+        lanes[9] += sq_norm * prev_sq_norm
+    return lanes.sum(1)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _sample_step(
+    p,
+    g,
+    q,
+    buf,
+    copy,
+    rows,
+    hyper,
+    tensor,
+    start,
+    stop,
+    share,
+    itemsize,
+    tag,
+    partials,
+    number,
+    origin,
+    first,
+    last,
+    sizes,
+    scale,
+):
+    for thread in prange(share.size - 1):
+        for c in range(share[thread], share[thread + 1]):
+            k = tensor[c]
+            offset = start[c] * itemsize
+            if p.size:
+                _chunk(
+                    p[k] + offset,
+                    g[k] + offset,
+                    0,
+                    buf[k] + offset if buf.size and buf[k] else 0,
+                    False,
+                    stop[c] - start[c],
+                    hyper[rows[k]],
+                    itemsize,
+                    tag,
+                )
+            kept = q[k] + (first[c] - origin[c]) * BLOCK * itemsize
+            sums = _sample(g[k], sizes[k], kept, number[first[c] : last[c]], itemsize, tag)
+            partials[c, :4] = sums[:4] * scale[c, 0]
+            partials[c, 4:] = sums[4:] * scale[c, 1]
 
 
 @njit(nogil=True, cache=True)
 def _reduce(partials, bounds, out):
     """Sum the chunks of each layer, in their order: the same bits for any number of threads."""
     for layer in range(bounds.size - 1):
-        for s in range(4):
+        for s in range(partials.shape[1]):
             total = 0.0
             for c in range(bounds[layer], bounds[layer + 1]):
                 total += partials[c, s]

@@ -1,160 +1,99 @@
 """Measure a fixed, pseudo-random part of each layer: unbiased estimates of the four sums, with their error.
 
-A layer's gradients are cut into aligned blocks of :data:`BLOCK` elements, in the order of memory. m of its M
-blocks are drawn once, without replacement. With the sums D, N, P (`dot`, `sq_norm`, `prev_sq_norm`) over the
-drawn blocks,
+A gradient is cut into aligned blocks of :data:`BLOCK` elements, in the order of memory; S neighbouring blocks
+are a *stratum*, of which one block is drawn, once for the whole run; :data:`GROUP` neighbouring strata are a
+*group*. (Blocks that would lie behind the gradient's end count as zeros.) Then
 
-* M / m times a sum over the drawn blocks is unbiased for that over all (Horvitz and Thompson 1952);
-* the correlation D / sqrt(N P) is a ratio estimator; its variance is estimated by the jackknife: (1 - m / M)
-  (m - 1) / m times the sum of (mu_i - mean)^2, mu_i being the correlation without block i (Wolter,
-  Introduction to Variance Estimation, ch. 4).
+* S times a sum over the drawn blocks is unbiased for that over all (Horvitz and Thompson 1952);
+* its covariance with another such sum is estimated by the method of collapsed strata: S^2 (1 - 1/S) times the
+  drawn blocks' sum of products of deviations from their group's mean, times GROUP / (GROUP - 1) (Cochran,
+  Sampling Techniques, 3rd ed., section 5A.12). It errs to the large side, by how much the strata differ;
+* the correlation D / sqrt(N P), a ratio estimator, inherits its variance by linearisation (ibid., 6.3).
 
-Gradients are made of rows and channels of very different size. Small blocks touch more of them; blocks of 64
-elements made the standard error up to a quarter too small on such layers.
+Gradients are made of rows and channels of very different size. One block of every stratum touches them all,
+and small blocks touch more of them; numbers are in docs/performance.md.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Protocol
+from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from . import dense, pick
+BLOCK = 8  # elements: with float32 32 bytes, a sector of a GPU's cache line
+GROUP = 4  # strata; more make the error too large, fewer make it too uncertain
+LEAST = 8192  # elements of a tensor that are measured at least, if it has them
 
-BLOCK = 64  # elements: 32 bytes, a sector of a GPU's cache line
-LEAST = 4096  # elements of a layer that are measured at least, if it has them
-
-
-class SampleBatchProtocol(Protocol):
-    """What every backend's ``SampleBatch`` does."""
-
-    def __init__(
-        self, like: Sequence[Tensor], tensor_of: Tensor, start: Tensor, stop: Tensor, position: Tensor
-    ) -> None:
-        """Prepare for tensors like `like`: block b is elements start[b] to stop[b] of tensor tensor_of[b].
-
-        Its previous values lie from position[b] on in that tensor's kept ones. All int64, shape (blocks,).
-        """
-
-    def step(self, grads: Sequence[Tensor], kept: Sequence[Tensor], out: Tensor) -> None:
-        """Write the blocks' four sums to `out` (float64, (blocks, 4)), and the blocks over the kept ones."""
+MOMENTS = ("dot dot", "sq_norm sq_norm", "prev_sq_norm prev_sq_norm") + (
+    "dot sq_norm",
+    "dot prev_sq_norm",
+    "sq_norm prev_sq_norm",
+)
+"""The rows of a sampling plan's output behind the four of :data:`oscopt.kernels.SUMS`: their covariances."""
 
 
-def draw(sizes: Sequence[int], fraction: float, name: str) -> tuple[list[int], list[int], int]:
-    """The drawn blocks of a layer, sorted: their tensors, their numbers in these; the number of all blocks.
-
-    Args:
-        sizes: number of elements of the layer's tensors.
-        fraction: in (0, 1].
-        name: the layer's, which decides the choice: the same in every run.
-    """
-    counts = torch.tensor([math.ceil(size / BLOCK) for size in sizes], dtype=torch.int64)
-    total = int(counts.sum())
-    drawn = min(total, max(math.ceil(fraction * total), math.ceil(LEAST / BLOCK)))
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    chosen = torch.randperm(total, generator=generator)[:drawn].sort().values
-    ends = counts.cumsum(0)
-    tensor = torch.searchsorted(ends, chosen, right=True)
-    return tensor.tolist(), (chosen - (ends - counts)[tensor]).tolist(), total
-
-
-class SamplePlan:
-    """Measures the drawn blocks of a fixed list of parameters on one device.
-
-    Args:
-        params, grads, layer_of, backend: as in :class:`oscopt.kernels.Plan`; all of them measured.
-        layer_names: L names.
-        fraction: in (0, 1].
+@dataclass(frozen=True)
+class Drawn:
+    """The drawn blocks of one tensor.
 
     Attributes:
-        kept_sizes: number of elements to be kept of each parameter's gradient.
+        number: of each block, int32, shape (m,), ascending; m is a multiple of :data:`GROUP`. A block beyond
+            the end of the tensor is empty, and the last one in it may be shorter.
+        stratum: S, the number of blocks of which one is drawn.
     """
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        layer_of: Sequence[int],
-        layer_names: Sequence[str],
-        backend: ModuleType,
-        fraction: float,
-    ) -> None:
-        from . import torch_backend
+    number: np.ndarray
+    stratum: int
 
-        device = params[0].device
-        self.kept_sizes = [0] * len(params)
-        groups: dict[tuple, list[tuple[int, int, int, int]]] = {}  # blocks: tensor, start, stop, position
-        order: dict[tuple, list[int]] = {}
-        population, layer_of_block = [], []
-        for layer, name in enumerate(layer_names):
-            members = [i for i, of in enumerate(layer_of) if of == layer]
-            sizes = [params[i].numel() for i in members]
-            tensor, number, total = draw(sizes, fraction, name)
-            population.append(total)
-            for k, b in zip(tensor, number, strict=True):
-                i, start, stop = members[k], b * BLOCK, min((b + 1) * BLOCK, sizes[k])
-                p, g = params[i], grads[i]
-                suits = p.dtype in backend.DTYPES and g.dtype == p.dtype and dense(p)
-                key = (backend if suits else torch_backend, g.dtype)
-                groups.setdefault(key, []).append((i, start, stop, self.kept_sizes[i]))
-                order.setdefault(key, []).append(len(layer_of_block))
-                self.kept_sizes[i] += stop - start
-                layer_of_block.append(layer)
-        self._batches: list[tuple[list[int], SampleBatchProtocol, slice]] = []
-        first = 0
-        for key, blocks in groups.items():
-            index = sorted({i for i, *_ in blocks})
-            local = {i: n for n, i in enumerate(index)}
-            columns = zip(*((local[i], *rest) for i, *rest in blocks), strict=True)
-            table = [torch.tensor(column, dtype=torch.int64) for column in columns]
-            batch = key[0].SampleBatch([grads[i] for i in index], *table)
-            self._batches.append((index, batch, slice(first, first + len(blocks))))
-            first += len(blocks)
-        # Batches write their blocks one after another; this brings them into the order of layers.
-        places = [place for key in groups for place in order[key]]
-        self._order = None if places == sorted(places) else torch.tensor(places, device=device).argsort()
-        self._layer_of_block = torch.tensor(layer_of_block, dtype=torch.int64, device=device)
-        drawn = torch.bincount(self._layer_of_block.cpu(), minlength=len(layer_names)).double()
-        everything = torch.tensor(population, dtype=torch.float64)
-        self._lengths = drawn.long().to(device)
-        self._scale = (everything / drawn.clamp_min(1)).to(device)
-        # One block tells nothing about its error, unless it is all there is.
-        correction = (1 - drawn / everything.clamp_min(1)) * (drawn - 1) / drawn
-        self._correction = torch.where(drawn >= everything, 0.0, correction).to(device)
-        self._estimate = getattr(backend, "estimate", None)
-        self._out = torch.empty((len(layer_of_block), 4), dtype=torch.float64, device=device)
+    @property
+    def kept_size(self) -> int:
+        """Elements to be kept of a gradient: block i of the drawn ones lies at BLOCK * i."""
+        return BLOCK * len(self.number)
 
-    def step(self, grads: Sequence[Tensor], kept: Sequence[Tensor], row: Tensor | None) -> None:
-        """Measure `grads` against `kept`, and keep them.
+    @property
+    def moment_scale(self) -> float:
+        """What turns sums of products of deviations into covariances."""
+        return self.stratum * (self.stratum - 1) * GROUP / (GROUP - 1)
 
-        Args:
-            grads: gradients of the parameters.
-            kept: for each parameter a tensor of `kept_sizes` elements.
-            row: float64 (5, L), overwritten with the four sums and the correlation's standard error; a sum
-                that is not finite is NaN. None: keep only.
-        """
-        for index, batch, where in self._batches:
-            batch.step(pick(grads, index), pick(kept, index), self._out[where])
-        if row is None:
-            return
-        out = self._out if self._order is None else self._out[self._order]
-        if self._estimate is not None:
-            self._estimate(*(t.numpy() for t in (out, self._lengths, self._scale, self._correction, row)))
-            return
-        sums = self._per_layer(out)
-        torch.mul(sums.T, self._scale, out=row[:4])
-        row[:4].masked_fill_(~row[:4].isfinite(), torch.nan)
-        without = sums[self._layer_of_block] - out
-        mu = without[:, 0] / (without[:, 1] * without[:, 3]).sqrt()
-        deviation = mu - (self._per_layer(mu) / self._lengths)[self._layer_of_block]
-        variance = self._correction * self._per_layer(deviation * deviation)
-        # Where all is measured there is no error, whatever becomes of 0 * NaN.
-        row[4] = variance.sqrt().masked_fill_(self._correction == 0, 0.0)
 
-    def _per_layer(self, values: Tensor) -> Tensor:
-        return torch.segment_reduce(values, "sum", lengths=self._lengths, axis=0, initial=0.0)
+NOTHING = Drawn(np.zeros(0, np.int32), 1)
+"""What is drawn of a tensor that is not measured."""
+
+
+def draw(size: int, fraction: float, name: str) -> Drawn:
+    """Draw blocks of a tensor of `size` elements.
+
+    Args:
+        fraction: in (0, 1]; 1/S with S rounded down is drawn.
+        name: the tensor's, which decides the choice: the same in every run.
+    """
+    blocks = math.ceil(size / BLOCK)
+    stratum = max(1, math.floor(min(1 / fraction, size / LEAST)))
+    strata = math.ceil(blocks / (stratum * GROUP)) * GROUP
+    chosen = np.random.default_rng(zlib.crc32(name.encode())).integers(0, stratum, strata)
+    return Drawn((np.arange(strata) * stratum + chosen).astype(np.int32), stratum)
+
+
+def estimate(sums: Tensor, row: Tensor) -> None:
+    """The four sums and the standard error of the correlation.
+
+    Args:
+        sums: float64 (10, L), a sampling plan's output; all zeros in rows 4 to 9: measured in full.
+        row: float64 (5, L), overwritten.
+    """
+    if row.device.type == "cpu":
+        sums, row = sums.numpy(), row.numpy()  # the same arithmetic with a tenth of the time per operation
+    row[:4] = sums[:4]
+    dot, sq_norm, _, prev_sq_norm, dd, nn, pp, dn, dp, np_ = sums
+    with np.errstate(all="ignore"):
+        # The linear part of D / sqrt(N P) at the estimates: its derivatives by D, N and P.
+        by_dot = sq_norm**-0.5 * prev_sq_norm**-0.5
+        mu = dot * by_dot
+        by_sq, by_prev = mu / sq_norm / -2, mu / prev_sq_norm / -2
+        variance = by_dot * (by_dot * dd + 2 * (by_sq * dn + by_prev * dp))
+        variance += by_sq * (by_sq * nn + 2 * by_prev * np_) + by_prev * by_prev * pp
+        # Rounding may leave a zero a little negative; max() would take the NaNs out.
+        row[4] = ((variance + abs(variance)) / 2) ** 0.5

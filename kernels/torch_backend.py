@@ -6,11 +6,13 @@ The update repeats the arithmetic of ``torch.optim.SGD(foreach=True)``, bit for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import dense
+from .sampling import BLOCK, GROUP, Drawn
 
 NAME = "torch"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -33,19 +35,38 @@ def sums(grad: Tensor, prev: Tensor) -> Tensor:
     return total
 
 
+def _sample(drawn: Drawn, grad: Tensor, kept: Tensor) -> Tensor:
+    """The four sums and six moments of the drawn blocks, float64, shape (10,); they are kept."""
+    number = torch.from_numpy(drawn.number).to(grad.device).long()
+    flat = grad.as_strided((grad.numel(),), (1,)) if dense(grad) else grad.reshape(-1)
+    element = number[:, None] * BLOCK + torch.arange(BLOCK, device=grad.device)
+    blocks = flat[element.clamp_max(len(flat) - 1)].masked_fill_(element >= len(flat), 0)
+    g, q = blocks.double(), kept.view(blocks.shape).double()
+    kept.copy_(blocks.view(-1))
+    of_block = torch.stack([g * q, g * g, (g - q) ** 2, q * q]).sum(-1)
+    groups = of_block.view(4, -1, GROUP)
+    dot, sq_norm, _, prev_sq_norm = groups - groups.mean(-1, keepdim=True)
+    x = torch.stack([dot, sq_norm, prev_sq_norm, dot, dot, sq_norm])
+    y = torch.stack([dot, sq_norm, prev_sq_norm, sq_norm, prev_sq_norm, prev_sq_norm])
+    moments = (x * y).sum((1, 2))
+    return torch.cat([of_block.sum(1) * drawn.stratum, moments * drawn.moment_scale])
+
+
 class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of: Sequence[int], num_layers: int) -> None:
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None) -> None:
         self._params = params
         self._layer_of = layer_of
+        self._drawn = drawn
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out) -> None:
         if prevs is not None:
             out.zero_()
-            for layer, grad, prev in zip(self._layer_of, grads, prevs, strict=True):
+            for i, layer in enumerate(self._layer_of):
                 if layer >= 0:
-                    out[:, layer] += sums(grad, prev)
+                    measure = sums if self._drawn is None else partial(_sample, self._drawn[i])
+                    out[:, layer] += measure(grads[i], prevs[i])
             out.masked_fill_(~out.isfinite(), torch.nan)
         if hyper is not None:
             for row in sorted(set(rows)):
@@ -58,23 +79,8 @@ class Batch:
                             [bufs[i] for i in index] if momentum else None,
                             *hyper[row],
                         )
-        for i in (i for i, copy in enumerate(copies or ()) if copy):
+        for i in (i for i, copy in enumerate(copies or ()) if copy and self._drawn is None):
             prevs[i].copy_(grads[i])
-
-
-class SampleBatch:
-    """See :class:`oscopt.kernels.sampling.SampleBatchProtocol`."""
-
-    def __init__(self, like: Sequence[Tensor], tensor_of, start, stop, position) -> None:
-        columns = (t.tolist() for t in (tensor_of, start, stop, position))
-        self._blocks = list(zip(*columns, strict=True))
-
-    def step(self, grads, kept, out) -> None:
-        flat = [g.as_strided((g.numel(),), (1,)) if dense(g) else g.reshape(-1) for g in grads]
-        for n, (k, start, stop, position) in enumerate(self._blocks):
-            g, q = flat[k][start:stop], kept[k][position : position + stop - start]
-            out[n] = sums(g, q)
-            q.copy_(g)
 
 
 def _update(params, grads, bufs, lr, decay, gain, weight_decay, lookahead, sign) -> None:

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import sampling
+from .sampling import BLOCK as SAMPLE_BLOCK
+from .sampling import GROUP
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,7 +31,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCK = 1024  # elements that a program holds at a time
 TILE = 8 * BLOCK  # elements of a program
 REDUCE_BLOCK = 256
-SAMPLE_ROWS = 128  # blocks of a sample that a program takes
+SAMPLE_ROWS = 128  # drawn blocks of a program
 REDUCE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 _ALIGNED: tl.constexpr = tl.constexpr(1)  # all pointers are multiples of 16 bytes
@@ -171,13 +172,14 @@ def step_kernel(
 
 @triton.jit
 def reduce_kernel(
-    partial_ptr,  # float64 (tiles, 4)
+    partial_ptr,  # float64 (tiles, SUMS)
     bounds_ptr,  # int32 (L + 1,): each layer's first tile
-    out_ptr,  # float64 (4, L), rows `stride` apart
+    out_ptr,  # float64 (SUMS, L), rows `stride` apart
     stride,
+    SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the partial sums of one layer and one of the four sums, in a fixed order."""
+    """Add the partial sums of one layer and one of the sums, in a fixed order."""
     layer = tl.program_id(0)
     s = tl.program_id(1)
     first = tl.load(bounds_ptr + layer)
@@ -185,7 +187,7 @@ def reduce_kernel(
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(first, last, BLOCK):
         tiles = start + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + 4 * tiles.to(tl.int64) + s, mask=tiles < last, other=0.0)
+        total += tl.load(partial_ptr + SUMS * tiles.to(tl.int64) + s, mask=tiles < last, other=0.0)
     value = tl.sum(total)
     # Not finite (x - x is 0 for nothing else): NaN.
     tl.store(out_ptr + s * stride + layer, tl.where(value - value == 0, value, float("nan")))
@@ -193,39 +195,60 @@ def reduce_kernel(
 
 @triton.jit
 def sample_kernel(
-    pointers_ptr,  # int64 (2, N): addresses of gradients and of kept blocks
-    tensor_ptr,  # int64 (blocks,): each block's tensor
-    start_ptr,  # int64 (blocks,): its first element
-    stop_ptr,  # int64 (blocks,): the one after its last
-    position_ptr,  # int64 (blocks,): its first kept element
-    out_ptr,  # float64 (blocks, 4)
+    pointers_ptr,  # int64 (4, N): as in step_kernel; the previous gradients are their drawn blocks
+    tensor_ptr,  # int32 (tiles,): each tile's tensor
+    first_ptr,  # int64 (tiles,): index of its first drawn block
+    origin_ptr,  # int64 (N + 1,): index of each tensor's first drawn block, and of the end
+    number_ptr,  # int32: numbers of the drawn blocks of all tensors
+    size_ptr,  # int64 (N,)
+    scale_ptr,  # float64 (N, 2): of sums and of moments
+    partial_ptr,  # float64 (tiles, 10)
     N,
-    blocks,
     ELEMENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Take the sums of ROWS blocks and keep their elements."""
-    b = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = b < blocks
-    k = tl.load(tensor_ptr + b, mask=there, other=0)
-    start = tl.load(start_ptr + b, mask=there, other=0)
-    stop = tl.load(stop_ptr + b, mask=there, other=0)
-    position = tl.load(position_ptr + b, mask=there, other=0)
-    element = tl.pointer_type(ELEMENT)
-    g_ptr = tl.load(pointers_ptr + k, mask=there, other=0).to(element) + start
-    q_ptr = tl.load(pointers_ptr + N + k, mask=there, other=0).to(element) + position
+    """Take sums and moments of ROWS drawn blocks (see oscopt.kernels.sampling) and keep their elements."""
+    tile = tl.program_id(0)
+    k = tl.load(tensor_ptr + tile)
+    drawn = tl.load(first_ptr + tile) + tl.arange(0, ROWS)
+    origin = tl.load(origin_ptr + k)
+    there = drawn < tl.load(origin_ptr + k + 1)
+    start = BLOCK * tl.load(number_ptr + drawn, mask=there, other=0).to(tl.int64)
+    rest = tl.where(there, tl.load(size_ptr + k) - start, 0)
     lanes = tl.arange(0, BLOCK)
-    mask = lanes[None, :] < (stop - start)[:, None]
-    g_raw = tl.load(g_ptr[:, None] + lanes[None, :], mask=mask, other=0.0)
+    mask = lanes[None, :] < rest[:, None]
+    element = tl.pointer_type(ELEMENT)
+    g_ptr = tl.load(pointers_ptr + N + k).to(element)
+    q_ptr = tl.load(pointers_ptr + 2 * N + k).to(element)
+    g_ptr = g_ptr + start[:, None] + lanes[None, :]
+    q_ptr = q_ptr + BLOCK * (drawn - origin)[:, None] + lanes[None, :]
+    g_raw = tl.load(g_ptr, mask=mask, other=0.0)
+    q = tl.load(q_ptr, mask=mask, other=0.0).to(tl.float64)
+    tl.store(q_ptr, g_raw, mask=mask)
     g = g_raw.to(tl.float64)
-    q = tl.load(q_ptr[:, None] + lanes[None, :], mask=mask, other=0.0).to(tl.float64)
-    tl.store(q_ptr[:, None] + lanes[None, :], g_raw, mask=mask)
     diff = g - q
-    tl.store(out_ptr + 4 * b, tl.sum(g * q, axis=1), mask=there)
-    tl.store(out_ptr + 4 * b + 1, tl.sum(g * g, axis=1), mask=there)
-    tl.store(out_ptr + 4 * b + 2, tl.sum(diff * diff, axis=1), mask=there)
-    tl.store(out_ptr + 4 * b + 3, tl.sum(q * q, axis=1), mask=there)
+    # Sums of every drawn block, one row a group.
+    dot = tl.reshape(tl.sum(g * q, axis=1), (ROWS // GROUP, GROUP))
+    sq_norm = tl.reshape(tl.sum(g * g, axis=1), (ROWS // GROUP, GROUP))
+    prev_sq_norm = tl.reshape(tl.sum(q * q, axis=1), (ROWS // GROUP, GROUP))
+    scale = tl.load(scale_ptr + 2 * k)
+    partial_ptr += 10 * tile.to(tl.int64)
+    tl.store(partial_ptr, scale * tl.sum(dot))
+    tl.store(partial_ptr + 1, scale * tl.sum(sq_norm))
+    tl.store(partial_ptr + 2, scale * tl.sum(diff * diff))
+    tl.store(partial_ptr + 3, scale * tl.sum(prev_sq_norm))
+    scale = tl.load(scale_ptr + 2 * k + 1)
+    dot -= tl.sum(dot, axis=1)[:, None] / GROUP
+    sq_norm -= tl.sum(sq_norm, axis=1)[:, None] / GROUP
+    prev_sq_norm -= tl.sum(prev_sq_norm, axis=1)[:, None] / GROUP
+    tl.store(partial_ptr + 4, scale * tl.sum(dot * dot))
+    tl.store(partial_ptr + 5, scale * tl.sum(sq_norm * sq_norm))
+    tl.store(partial_ptr + 6, scale * tl.sum(prev_sq_norm * prev_sq_norm))
+    tl.store(partial_ptr + 7, scale * tl.sum(dot * sq_norm))
+    tl.store(partial_ptr + 8, scale * tl.sum(dot * prev_sq_norm))
+    tl.store(partial_ptr + 9, scale * tl.sum(sq_norm * prev_sq_norm))
 
 
 _ELEMENT = {
@@ -250,6 +273,11 @@ def constants(dtype: torch.dtype, *, update: bool, measure: bool, momentum: bool
     }
 
 
+def sample_constants(dtype: torch.dtype) -> dict:
+    """The compile-time arguments of :func:`sample_kernel`."""
+    return {"ELEMENT": _ELEMENT[dtype], "BLOCK": SAMPLE_BLOCK, "GROUP": GROUP, "ROWS": SAMPLE_ROWS}
+
+
 def options(dtype: torch.dtype, warp_size: int = 64 if torch.version.hip else 32) -> dict:
     """The compiler's options for :func:`step_kernel`: as many threads as make an access 16 bytes wide."""
     return {"num_warps": BLOCK * dtype.itemsize // (16 * warp_size), "enable_fp_fusion": False}
@@ -258,44 +286,54 @@ def options(dtype: torch.dtype, warp_size: int = 64 if torch.version.hip else 32
 class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of: Sequence[int], num_layers: int) -> None:
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None) -> None:
         self._params = params
         self._dtype = params[0].dtype
         self._device = params[0].device
         self._num_layers = num_layers
+        self._drawn = drawn
         sizes = np.array([p.numel() for p in params], np.int64)
-        tiles = -(-sizes // TILE)
-        tensor = np.repeat(np.arange(len(params), dtype=np.int32), tiles)
-        first = np.cumsum(tiles) - tiles
-        start = (np.arange(tiles.sum()) - np.repeat(first, tiles)) * TILE
+        tensor, start = _tiles(sizes, TILE)
+        self._tensor, self._start, self._sizes = (
+            self._upload(tensor),
+            self._upload(start),
+            self._upload(sizes),
+        )
+        if drawn is not None:
+            lengths = np.array([len(d.number) for d in drawn], np.int64)
+            ends = np.cumsum(lengths)
+            tensor, start = _tiles(lengths, SAMPLE_ROWS)
+            first = start + (ends - lengths)[tensor]
+            scale = np.array([(d.stratum, d.moment_scale) for d in drawn], np.float64)
+            number = np.concatenate([d.number for d in drawn])
+            tables = (tensor, first, np.concatenate([[0], ends]), number)
+            self._sample = [self._upload(table) for table in (*tables, sizes, scale)]
         bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
-        self._tiles = len(tensor)
-        self._tensor = _upload(tensor, self._device)
-        self._start = _upload(start.astype(np.int64), self._device)
-        self._sizes = _upload(sizes, self._device)
-        self._bounds = _upload(bounds.astype(np.int32), self._device)
-        self._partials = torch.empty((self._tiles, 4), dtype=torch.float64, device=self._device)
+        self._bounds = self._upload(bounds.astype(np.int32))
+        self._sums = 4 if drawn is None else 10
+        self._partials = torch.empty((len(tensor), self._sums), dtype=torch.float64, device=self._device)
         self._tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
         self._rows: tuple[Sequence[int] | None, Tensor | None] = (None, None)
         self._hyper: tuple[object, Tensor | None] = (None, None)
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out) -> None:
         measure = prevs is not None
-        if self._tiles:
+        pointers, flags = self._table(grads, prevs, bufs, copies)
+        whole = measure and self._drawn is None
+        if len(self._tensor) and (whole or hyper is not None):
             if self._rows[0] != rows:
-                self._rows = (list(rows), _upload(np.array(rows, np.int32), self._device))
+                self._rows = (list(rows), self._upload(np.array(rows, np.int32)))
             if self._hyper[0] is not hyper or self._hyper[1] is None:
                 table = np.array(hyper or [[0.0] * 6], np.float64)
-                self._hyper = (hyper, _upload(table, self._device))
-            pointers, flags = self._table(grads, prevs, bufs, copies)
+                self._hyper = (hyper, self._upload(table))
             chosen = constants(
                 self._dtype,
                 update=hyper is not None,
-                measure=measure,
+                measure=whole,
                 momentum=any(b is not None for b in bufs),
-                copy=copies is not None,
+                copy=whole and copies is not None,
             )
-            step_kernel[(self._tiles,)](
+            step_kernel[(len(self._tensor),)](
                 pointers,
                 self._tensor,
                 self._start,
@@ -308,9 +346,24 @@ class Batch:
                 **chosen,
                 **options(self._dtype),
             )
+        if measure and self._drawn is not None and len(self._partials):
+            sample_kernel[(len(self._partials),)](
+                pointers,
+                *self._sample,
+                self._partials,
+                len(grads),
+                **sample_constants(self._dtype),
+                **REDUCE_OPTIONS,
+            )
         if measure and self._num_layers:
-            reduce_kernel[(self._num_layers, 4)](
-                self._partials, self._bounds, out, out.stride(0), BLOCK=REDUCE_BLOCK, **REDUCE_OPTIONS
+            reduce_kernel[(self._num_layers, self._sums)](
+                self._partials,
+                self._bounds,
+                out,
+                out.stride(0),
+                SUMS=self._sums,
+                BLOCK=REDUCE_BLOCK,
+                **REDUCE_OPTIONS,
             )
 
     def _table(self, grads, prevs, bufs, copies) -> tuple[Tensor, Tensor]:
@@ -334,42 +387,20 @@ class Batch:
             flags += _COPIED.value * np.array(copies, np.int32)
         if len(self._tables) == _TABLES:
             self._tables.popitem(last=False)
-        self._tables[key] = (_upload(pointers, self._device), _upload(flags, self._device))
+        self._tables[key] = (self._upload(pointers), self._upload(flags))
         return self._tables[key]
 
-
-class SampleBatch:
-    """See :class:`oscopt.kernels.sampling.SampleBatchProtocol`."""
-
-    def __init__(self, like: Sequence[Tensor], tensor_of, start, stop, position) -> None:
-        self._dtype, self._device = like[0].dtype, like[0].device
-        self._blocks = [t.to(self._device) for t in (tensor_of, start, stop, position)]
-        self._tables: OrderedDict[tuple, Tensor] = OrderedDict()
-
-    def step(self, grads, kept, out) -> None:
-        key = (*(t.data_ptr() for t in grads), *(t.data_ptr() for t in kept))
-        if key not in self._tables:
-            if len(self._tables) == _TABLES:
-                self._tables.popitem(last=False)
-            self._tables[key] = _upload(np.array(key, np.int64), self._device)
-        self._tables.move_to_end(key)
-        count = len(self._blocks[0])
-        sample_kernel[(triton.cdiv(count, SAMPLE_ROWS),)](
-            self._tables[key],
-            *self._blocks,
-            out,
-            len(grads),
-            count,
-            ELEMENT=_ELEMENT[self._dtype],
-            BLOCK=sampling.BLOCK,
-            ROWS=SAMPLE_ROWS,
-            **REDUCE_OPTIONS,
-        )
+    def _upload(self, array: np.ndarray) -> Tensor:
+        host = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return host
+        # Pinned, so that the copy does not wait for the device; torch keeps the pages until it is done.
+        return host.pin_memory().to(self._device, non_blocking=True)
 
 
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(array)
-    if device.type == "cpu":
-        return host
-    # Pinned, so that the copy does not wait for the device; torch keeps the pages until it is done.
-    return host.pin_memory().to(device, non_blocking=True)
+def _tiles(sizes: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tensor (int32) and the first element (int64) of every tile of `tile` elements."""
+    tiles = -(-sizes // tile)
+    tensor = np.repeat(np.arange(len(sizes), dtype=np.int32), tiles)
+    start = (np.arange(len(tensor)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * tile
+    return tensor, start

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import kernels, measures
 from .history import History
-from .kernels.sampling import SamplePlan
+from .kernels.sampling import NOTHING, draw, estimate
 from .window import Window
 
 PREVIOUS = "prev_grad"
@@ -102,8 +102,12 @@ class Engine:
         self.backends = {device: kernels.backend(backend, device) for device in devices}
         self.backend = "+".join(dict.fromkeys(module.NAME for module in self.backends.values()))
         self._every = every
-        self._sample = sample
-        self._sample_plans: dict[tuple, list[tuple[list[int], SamplePlan]]] = {}
+        self._drawn = None
+        if sample < 1.0:
+            self._drawn = [
+                draw(slot.param.numel(), sample, slot.name) if slot.layer >= 0 else NOTHING
+                for slot in self.slots
+            ]
         self.history = history
         history.add_layers(self.layer_names)
         self.device = next(iter(devices), torch.device("cpu"))
@@ -112,7 +116,7 @@ class Engine:
         self._plans: dict[tuple, list[tuple[list[int] | None, kernels.Plan]]] = {}
         for slot in self.slots:
             self._drop_what_does_not_fit(slot)
-        key = PREVIOUS if sample == 1.0 else SAMPLE
+        key = PREVIOUS if self._drawn is None else SAMPLE
         self._kept = [i for i, slot in enumerate(self.slots) if key in slot.state]
         self._lr: tuple[tuple, np.ndarray] = ((), np.zeros(0))
         self._prev_lr = np.full(len(self.layer_names), np.nan)
@@ -183,22 +187,25 @@ class Engine:
         present = [i for i, g in enumerate(grads) if g is not None]
         measured = (step + 1) % self._every == 0
         keep = (step + 2) % self._every == 0
-        prevs, copies, lost = None, None, []
-        if measured and self._sample == 1.0:
-            prevs, copies, lost = self._pairs(grads, present)
+        prevs, copies, lost, sums = None, None, [], None
         row = self.history.next_row(self.device) if measured else None
-        if row is not None:
-            row.zero_()
-        if self._sample < 1.0 and (measured or keep):
-            lost = self._measure_sample(grads, present, row)
-        if self._sample == 1.0 or hyper is not None:
+        if self._drawn is not None and (measured or keep):
+            prevs, lost = self._kept_samples(grads, present)
+            sums = torch.zeros((10, len(self.layer_names)), dtype=torch.float64, device=self.device)
+        elif self._drawn is None and measured:
+            prevs, copies, lost = self._pairs(grads, present)
+            sums = row[:4].zero_()
+        if prevs is not None or hyper is not None:
             for n, (index, plan) in enumerate(self._plan(present, grads)):
-                out = None
-                if prevs is not None:
-                    out = row[:4] if n == 0 else torch.empty_like(row[:4], device=plan.device)
+                out = sums
+                if n and sums is not None:
+                    out = torch.empty_like(sums, device=plan.device)
                 plan.step(*(kernels.pick(v, index) for v in (grads, prevs, bufs, copies, rows)), hyper, out)
-                if n and out is not None:
-                    row[:4] += out.to(row.device)
+                if n and sums is not None:
+                    sums += out.to(sums.device)
+        if row is not None:
+            if self._drawn is not None:
+                estimate(sums, row)
         lr_row = self._layer_lr(lr)
         if row is not None:
             if lost:
@@ -208,30 +215,28 @@ class Engine:
         self._prev_lr = lr_row
         for window in tuple(self.windows):
             window.add([self.slots[i].layer for i in present], [grads[i] for i in present])
-        if self._sample == 1.0:
+        if self._drawn is None:
             self._keep(grads, present if keep else [], copied=measured)
 
-    def _measure_sample(self, grads, present, row: Tensor | None) -> list[int]:
-        """Measure the drawn blocks and keep them; the layers that have no valid pair."""
+    def _kept_samples(self, grads, present) -> tuple[list, list[int]]:
+        """The kept blocks of the previous gradients, and the layers that have no valid pair."""
         lost: set[int] = set()
-        index = [i for i in present if self.slots[i].layer >= 0]
-        if self._kept != index:
-            lost.update(self.slots[i].layer for i in set(self._kept).symmetric_difference(index))
-            for i in set(self._kept).difference(index):
+        if self._kept != present:
+            changed = set(self._kept).symmetric_difference(present)
+            lost.update(self.slots[i].layer for i in changed)
+            for i in changed.difference(present):
                 self.slots[i].state.pop(SAMPLE, None)
-        for n, (members, plan) in enumerate(self._sample_plan(index, grads)):
-            for i, size in zip(members, plan.kept_sizes, strict=True):
-                slot = self.slots[i]
-                if SAMPLE not in slot.state:
-                    slot.state[SAMPLE] = grads[i].new_zeros(size)
-                    slot.state[SAMPLE_LAYOUT] = list(slot.stride)
-            out = row if n == 0 or row is None else torch.empty_like(row, device=grads[members[0]].device)
-            kept = [self.slots[i].state[SAMPLE] for i in members]
-            plan.step([grads[i] for i in members], kept, out)
-            if n and row is not None:
-                row += out.to(row.device)
-        self._kept = index
-        return sorted(lost)
+        kept: list[Tensor | None] = list(grads)
+        for i in present:
+            slot = self.slots[i]
+            if slot.layer < 0:
+                continue
+            if SAMPLE not in slot.state:
+                slot.state[SAMPLE] = grads[i].new_zeros(self._drawn[i].kept_size)
+                slot.state[SAMPLE_LAYOUT] = list(slot.stride)
+            kept[i] = slot.state[SAMPLE]
+        self._kept = present
+        return kept, sorted(lost - {-1})
 
     def _pairs(self, grads, present) -> tuple[list, list[bool] | None, Sequence[int]]:
         """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
@@ -300,43 +305,19 @@ class Engine:
                         [self.slots[i].layer for i in index],
                         len(self.layer_names),
                         self.backends[device],
+                        kernels.pick(self._drawn, index),
                     ),
                 )
                 for device, index in by_device.items()
             ]
         return self._plans[key]
 
-    def _sample_plan(self, index: list[int], grads) -> list[tuple[list[int], SamplePlan]]:
-        """For each device, its slots and its plan."""
-        key = (*index, *(grads[i].dtype for i in index))
-        if key not in self._sample_plans:
-            by_device: dict[torch.device, list[int]] = {}
-            for i in index:
-                by_device.setdefault(self.slots[i].param.device, []).append(i)
-            if len(self._sample_plans) == _PLANS:
-                self._sample_plans.pop(next(iter(self._sample_plans)))
-            self._sample_plans[key] = [
-                (
-                    members,
-                    SamplePlan(
-                        [self.slots[i].param for i in members],
-                        [grads[i] for i in members],
-                        [self.slots[i].layer for i in members],
-                        self.layer_names,
-                        self.backends[device],
-                        self._sample,
-                    ),
-                )
-                for device, members in by_device.items()
-            ]
-        return self._sample_plans[key]
-
     def _drop_what_does_not_fit(self, slot: Slot) -> None:
         """Forget what was kept in another mode, or with another order of memory."""
-        if self._sample == 1.0 or slot.state.get(SAMPLE_LAYOUT) != list(slot.stride):
+        if self._drawn is None or slot.state.get(SAMPLE_LAYOUT) != list(slot.stride):
             slot.state.pop(SAMPLE, None)
             slot.state.pop(SAMPLE_LAYOUT, None)
-        if self._sample < 1.0:
+        if self._drawn is not None:
             slot.state.pop(PREVIOUS, None)
             slot.state.pop(COPIED, None)
 

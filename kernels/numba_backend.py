@@ -19,14 +19,14 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from .sampling import BLOCK, GROUP, NOTHING
+from .sampling import BLOCK, GROUP, NOTHING, SIGNS
 
 NAME = "numba"
 
 _CHUNK = 1 << 15  # elements: the unit of work that threads share
 _PART = 1 << 10  # elements: three blocks of float64 fit the first-level cache
+_SAMPLE_PART = 1 << 12  # elements: parameters and gradients of float32 fit the first-level cache
 _SERIAL = 1 << 15  # elements in all below which waking other threads costs more than they save
-_AHEAD = 24  # drawn blocks that memory is asked for ahead: the hardware does not foresee random ones
 
 # The storage type that stands for a dtype in compiled code; half types travel as their bits.
 _STORAGE = {
@@ -68,16 +68,14 @@ class Batch:
         self._partials = np.zeros((len(self._tensor), 4 if drawn is None else 10))
         self._sample: tuple[np.ndarray, ...] | None = None
         if drawn is not None:
-            # Drawn blocks [first, last) are a chunk's; a tensor's begin at `origin`.
-            stratum = np.array([d.stratum for d in drawn], np.int64)[self._tensor]
             lengths = np.array([len(d.number) for d in drawn], np.int64)
-            origin = (np.cumsum(lengths) - lengths)[self._tensor]
-            first = origin + self._start // (BLOCK * stratum)
-            last = np.minimum(
-                first + chunk[self._tensor] // (BLOCK * stratum), origin + lengths[self._tensor]
+            self._sample = (
+                np.concatenate([d.number for d in drawn]),
+                np.concatenate([[0], np.cumsum(lengths)]),
+                np.array([d.stratum for d in drawn], np.int64),
+                np.array([d.moment_scale for d in drawn]),
+                sizes,
             )
-            scale = np.array([(d.stratum, d.moment_scale) for d in drawn])[self._tensor]
-            self._sample = (np.concatenate([d.number for d in drawn]), origin, first, last, sizes, scale)
         self._shares: dict[int, np.ndarray] = {}
         self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NO_ADDRESSES)
         self._hyper: tuple[object, np.ndarray] = (None, np.zeros((1, 6)))
@@ -178,21 +176,6 @@ def _pointer(typing_context, address, tag):
 
 
 @intrinsic
-def _prefetch(typing_context, address):
-    """Ask for the cache line at `address` (int64), to be read soon."""
-
-    def generate(context, builder, signature, args):
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        read, keep, data = (ir.Constant(number, value) for value in (0, 3, 1))
-        builder.call(function, [builder.inttoptr(args[0], pointer), read, keep, data])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def _bits_to_float(typing_context, bits):
     def generate(context, builder, signature, args):
         return builder.bitcast(args[0], ir.FloatType())
@@ -274,21 +257,25 @@ def _sum(g, q):
 
 
 @intrinsic
-def _sum_group(typing_context, g0, g1, g2, g3, q, tag, accumulators):
-    """Add the sums and moments of a group of GROUP whole blocks to `accumulators`, float64 (10, GROUP).
+def _sum_group(typing_context, g, number, kept, tag, accumulators):
+    """Add a group's sums, squared and crossed contrasts to `accumulators`, float64 (3, 4); keep its elements.
 
-    The blocks are at the addresses `g0` to `g3`; their previous values, at `q`, are overwritten. Spelled out
-    in vectors, four blocks at a time: from so short a loop the compiler makes scalar code, twice as slow.
+    Its GROUP whole blocks of the tensor at address `g` are those whose numbers (int32) lie at `number`; their
+    previous values, at `kept`, are overwritten. Spelled out in vectors: from so short a loop the compiler
+    makes scalar code, several times as slow.
     """
 
     def generate(context, builder, signature, args):
-        stored = signature.args[5].dtype
-        align = stored.bitwidth // 8
-        wide, lanes = ir.VectorType(ir.DoubleType(), BLOCK), ir.VectorType(ir.DoubleType(), GROUP)
+        g, number, kept, _, accumulators = args
+        stored = signature.args[3].dtype
+        size = stored.bitwidth // 8
+        raw_type = ir.VectorType(context.get_data_type(stored), BLOCK)
+        wide, four = ir.VectorType(ir.DoubleType(), BLOCK), ir.VectorType(ir.DoubleType(), 4)
+        word = ir.IntType(64)
+        fma = builder.module.declare_intrinsic(f"llvm.fma.v{BLOCK}f64", (), ir.FunctionType(wide, [wide] * 3))
 
-        def pointer(address, kind, offset):
-            address = builder.add(address, ir.Constant(ir.IntType(64), offset))
-            return builder.inttoptr(address, kind.as_pointer())
+        def pointer(address, kind, offset=0):
+            return builder.inttoptr(builder.add(address, ir.Constant(word, offset)), kind.as_pointer())
 
         def as_double(raw):
             if stored == types.uint16:
@@ -299,42 +286,47 @@ def _sum_group(typing_context, g0, g1, g2, g3, q, tag, accumulators):
                 raw = builder.bitcast(raw, ir.VectorType(ir.HalfType(), BLOCK))
             return raw if raw.type == wide else builder.fpext(raw, wide)
 
-        def add_up(x, y, *indices):
+        def add_halves(x, y, first, second):
             """Two selections from the elements of x and y, added."""
-            of = ir.VectorType(ir.IntType(32), len(indices[0]))
-            parts = (builder.shuffle_vector(x, y, ir.Constant(of, index)) for index in indices)
+            of = ir.VectorType(ir.IntType(32), len(first))
+            parts = (builder.shuffle_vector(x, y, ir.Constant(of, index)) for index in (first, second))
             return builder.fadd(*parts)
 
         def totals(vectors):
-            """The sums of four vectors, as one."""
-            a, b, c, d = (add_up(v, v, [0, 1, 2, 3], [4, 5, 6, 7]) for v in vectors)
-            ab, cd = (add_up(x, y, [0, 4, 2, 6], [1, 5, 3, 7]) for x, y in ((a, b), (c, d)))
-            return add_up(ab, cd, [0, 1, 4, 5], [2, 3, 6, 7])
+            """The sums of four vectors of BLOCK elements, as one of four."""
+            a, b, c, d = (add_halves(v, v, [0, 1, 2, 3], [4, 5, 6, 7]) for v in vectors)
+            ab, cd = (add_halves(x, y, [0, 4, 2, 6], [1, 5, 3, 7]) for x, y in ((a, b), (c, d)))
+            return add_halves(ab, cd, [0, 1, 4, 5], [2, 3, 6, 7])
 
-        def deviations(x):
-            swapped = add_up(x, x, [0, 1, 2, 3], [1, 0, 3, 2])
-            total = add_up(swapped, swapped, [0, 1, 2, 3], [2, 3, 0, 1])
-            return builder.fsub(x, builder.fmul(total, ir.Constant(lanes, [1 / GROUP] * GROUP)))
-
-        products = []
-        for i in range(GROUP):
-            kind = ir.VectorType(context.get_data_type(stored), BLOCK)
-            kept = pointer(args[4], kind, i * BLOCK * align)
-            raw = builder.load(pointer(args[i], kind, 0), align=align)
-            a, b = as_double(raw), as_double(builder.load(kept, align=align))
+        halves = {}
+        for i, sign in enumerate(SIGNS):
+            index = builder.load(pointer(number, ir.IntType(32), 4 * i), align=4)
+            offset = builder.mul(builder.zext(index, word), ir.Constant(word, BLOCK * size))
+            raw = builder.load(pointer(builder.add(g, offset), raw_type), align=size)
+            kept_pointer = pointer(kept, raw_type, i * BLOCK * size)
+            a, b = as_double(raw), as_double(builder.load(kept_pointer, align=size))
+            builder.store(raw, kept_pointer, align=size)
             d = builder.fsub(a, b)
-            products.append([builder.fmul(x, y) for x, y in ((a, b), (a, a), (d, d), (b, b))])
-            builder.store(raw, kept, align=align)
-        sums = [totals(vectors) for vectors in zip(*products, strict=True)]
-        dot, sq, prev = (deviations(sums[i]) for i in (0, 1, 3))
-        pairs = ((dot, dot), (sq, sq), (prev, prev), (dot, sq), (dot, prev), (sq, prev))
-        for i, value in enumerate(sums + [builder.fmul(x, y) for x, y in pairs]):
-            into = pointer(args[6], lanes, i * GROUP * 8)
+            pairs = ((a, b), (a, a), (d, d), (b, b))
+            if sign in halves:
+                sums = zip(pairs, halves[sign], strict=True)
+                halves[sign] = [builder.call(fma, (*pair, so_far)) for pair, so_far in sums]
+            else:
+                halves[sign] = [builder.fmul(*pair) for pair in pairs]
+        both = list(zip(halves[1], halves[-1], strict=True))
+        contrasts = [builder.fsub(*both[i]) for i in (0, 1, 3, 3)]
+        contrast = totals(contrasts)  # dot, sq_norm, prev_sq_norm, prev_sq_norm
+        turned = builder.shuffle_vector(
+            contrast, contrast, ir.Constant(ir.VectorType(ir.IntType(32), 4), [1, 2, 0, 0])
+        )
+        sums = totals([builder.fadd(*pair) for pair in both])
+        for i, value in enumerate((sums, builder.fmul(contrast, contrast), builder.fmul(contrast, turned))):
+            into = pointer(accumulators, four, 32 * i)
             builder.store(builder.fadd(builder.load(into, align=8), value), into, align=8)
         return context.get_dummy_value()
 
     address = types.int64
-    return types.void(address, address, address, address, address, tag, address), generate
+    return types.void(address, address, address, tag, address), generate
 
 
 # One loop per form of the update: a branch inside would keep them from vectorising.
@@ -448,43 +440,29 @@ def _step(p, g, q, buf, copy, rows, hyper, tensor, start, stop, share, itemsize,
 
 
 @njit(nogil=True, cache=True)
-def _sample(g, size, kept, number, itemsize, tag):
-    """Sums and moments of the drawn blocks `number`, shape (10,); their elements are kept.
-
-    Called after the update of the elements that they were drawn from, which are in the cache then.
-    """
-    lanes = np.zeros((10, GROUP))
+def _sample(g, size, kept, number, itemsize, tag, total):
+    """Add sums and contrasts of the drawn blocks `number` to `total`, as :func:`_sum_group`; keep them."""
     block = BLOCK * itemsize
-    last = number.size - GROUP
-    group = np.zeros((4, GROUP))
     for first in range(0, number.size, GROUP):
-        ahead = min(first + _AHEAD, last)
-        for b in range(GROUP):
-            _prefetch(g + block * number[ahead + b])
         q = kept + first * block
         if BLOCK * (np.int64(number[first + GROUP - 1]) + 1) <= size:
-            g0, g1, g2, g3 = number[first], number[first + 1], number[first + 2], number[first + 3]
-            g0, g1, g2, g3 = g + block * g0, g + block * g1, g + block * g2, g + block * g3
-            _sum_group(g0, g1, g2, g3, q, tag, lanes.ctypes.data)
+            _sum_group(g, number.ctypes.data + 4 * first, q, tag, total.ctypes.data)
             continue
+        sums, contrast = np.zeros(4), np.zeros(4)
         for b in range(GROUP):
             start = BLOCK * np.int64(number[first + b])
             rest = max(min(size - start, BLOCK), 0)
             g_block = numba.carray(_pointer(g + start * itemsize, tag), rest)
             q_block = numba.carray(_pointer(q + b * block, tag), rest)
-            group[:, b] = _sum(g_block, q_block)
+            of_block = _sum(g_block, q_block)
             _copy(q_block, g_block)
-        lanes[:4] += group
-        for s in range(4):
-            group[s] -= group[s].mean()
-        dot, sq_norm, prev_sq_norm = group[0], group[1], group[3]
-        lanes[4] += dot * dot
-        lanes[5] += sq_norm * sq_norm
-        lanes[6] += prev_sq_norm * prev_sq_norm
-        lanes[7] += dot * sq_norm
-        lanes[8] += dot * prev_sq_norm
-        lanes[9] += sq_norm * prev_sq_norm
-    return lanes.sum(1)
+            for s in range(4):
+                sums[s] += of_block[s]
+                contrast[s] += SIGNS[b] * of_block[s]
+        d, n, p = contrast[0], contrast[1], contrast[3]
+        total[0] += sums
+        total[1] += np.array([d * d, n * n, p * p, 0.0])
+        total[2] += np.array([d * n, n * p, d * p, 0.0])
 
 
 @njit(nogil=True, cache=True, parallel=True)
@@ -505,31 +483,42 @@ def _sample_step(
     partials,
     number,
     origin,
-    first,
-    last,
+    stratum,
+    moment_scale,
     sizes,
-    scale,
 ):
     for thread in prange(share.size - 1):
         for c in range(share[thread], share[thread + 1]):
             k = tensor[c]
-            offset = start[c] * itemsize
-            if p.size:
-                _chunk(
-                    p[k] + offset,
-                    g[k] + offset,
-                    0,
-                    buf[k] + offset if buf.size and buf[k] else 0,
-                    False,
-                    stop[c] - start[c],
-                    hyper[rows[k]],
-                    itemsize,
-                    tag,
-                )
-            kept = q[k] + (first[c] - origin[c]) * BLOCK * itemsize
-            sums = _sample(g[k], sizes[k], kept, number[first[c] : last[c]], itemsize, tag)
-            partials[c, :4] = sums[:4] * scale[c, 0]
-            partials[c, 4:] = sums[4:] * scale[c, 1]
+            group = BLOCK * GROUP * stratum[k]
+            end = min(origin[k] + GROUP * -(-stop[c] // group), origin[k + 1])
+            # Some groups at a time, right after their update: they are in the first-level cache then.
+            part = max(_SAMPLE_PART // group, 1) * group if p.size else stop[c] - start[c]
+            total = np.zeros((3, 4))
+            for at in range(start[c], stop[c], part):
+                offset = at * itemsize
+                if p.size:
+                    _chunk(
+                        p[k] + offset,
+                        g[k] + offset,
+                        0,
+                        buf[k] + offset if buf.size and buf[k] else 0,
+                        False,
+                        min(stop[c] - at, part),
+                        hyper[rows[k]],
+                        itemsize,
+                        tag,
+                    )
+                first = origin[k] + at // (BLOCK * stratum[k])
+                last = min(first + part // (BLOCK * stratum[k]), end) if p.size else end
+                kept = q[k] + (first - origin[k]) * BLOCK * itemsize
+                _sample(g[k], sizes[k], kept, number[first:last], itemsize, tag, total)
+            total[0] *= stratum[k]
+            total[1:] *= moment_scale[k]
+            # In the order of oscopt.kernels.sampling.MOMENTS.
+            partials[c, :4] = total[0]
+            partials[c, 4:7] = total[1, :3]
+            partials[c, 7], partials[c, 8], partials[c, 9] = total[2, 0], total[2, 2], total[2, 1]
 
 
 @njit(nogil=True, cache=True)

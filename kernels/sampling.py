@@ -5,10 +5,12 @@ are a *stratum*, of which one block is drawn, once for the whole run; :data:`GRO
 *group*. (Blocks that would lie behind the gradient's end count as zeros.) Then
 
 * S times a sum over the drawn blocks is unbiased for that over all (Horvitz and Thompson 1952);
-* its covariance with another such sum is estimated by the method of collapsed strata: S^2 (1 - 1/S) times the
-  drawn blocks' sum of products of deviations from their group's mean, times GROUP / (GROUP - 1) (Cochran,
-  Sampling Techniques, 3rd ed., section 5A.12). It errs to the large side, by how much the strata differ;
-* the correlation D / sqrt(N P), a ratio estimator, inherits its variance by linearisation (ibid., 6.3).
+* its covariance with another such sum is estimated by collapsed strata, half the strata of a group against
+  the other half: products of the two sums' *contrasts* (the drawn blocks' values, added up with
+  :data:`SIGNS`), summed over groups, times S^2 (1 - 1/S) (Cochran, Sampling Techniques, 3rd ed., section
+  5A.12; Wolter, Introduction to Variance Estimation, 2nd ed., section 2.5). It errs to the large side, by
+  how much the strata of a group differ; the order of the signs keeps linear and quadratic trends out of that;
+* the correlation D / sqrt(N P), a ratio estimator, inherits its variance by linearisation (Cochran, 6.3).
 
 Gradients are made of rows and channels of very different size. One block of every stratum touches them all,
 and small blocks touch more of them; numbers are in docs/performance.md.
@@ -24,7 +26,8 @@ import numpy as np
 from torch import Tensor
 
 BLOCK = 8  # elements: with float32 32 bytes, a sector of a GPU's cache line
-GROUP = 4  # strata; more make the error too large, fewer make it too uncertain
+SIGNS = (1, -1, -1, 1, -1, 1, 1, -1)  # of the strata of a group (Thue and Morse's sequence)
+GROUP = len(SIGNS)  # strata; fewer cost more time, more leave the error too uncertain
 LEAST = 8192  # elements of a tensor that are measured at least, if it has them
 
 MOMENTS = ("dot dot", "sq_norm sq_norm", "prev_sq_norm prev_sq_norm") + (
@@ -55,8 +58,8 @@ class Drawn:
 
     @property
     def moment_scale(self) -> float:
-        """What turns sums of products of deviations into covariances."""
-        return self.stratum * (self.stratum - 1) * GROUP / (GROUP - 1)
+        """What turns sums of products of contrasts into covariances."""
+        return float(self.stratum * (self.stratum - 1))
 
 
 NOTHING = Drawn(np.zeros(0, np.int32), 1)

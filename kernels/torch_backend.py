@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dense
-from .sampling import BLOCK, GROUP, Drawn
+from .sampling import BLOCK, GROUP, SIGNS, Drawn
 
 NAME = "torch"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -42,13 +42,13 @@ def _sample(drawn: Drawn, grad: Tensor, kept: Tensor) -> Tensor:
     element = number[:, None] * BLOCK + torch.arange(BLOCK, device=grad.device)
     blocks = flat[element.clamp_max(len(flat) - 1)].masked_fill_(element >= len(flat), 0)
     g, q = blocks.double(), kept.view(blocks.shape).double()
-    kept.copy_(blocks.view(-1))
     of_block = torch.stack([g * q, g * g, (g - q) ** 2, q * q]).sum(-1)
-    groups = of_block.view(4, -1, GROUP)
-    dot, sq_norm, _, prev_sq_norm = groups - groups.mean(-1, keepdim=True)
+    kept.copy_(blocks.view(-1))
+    signs = torch.tensor(SIGNS, dtype=torch.float64, device=grad.device)
+    dot, sq_norm, _, prev_sq_norm = of_block.view(4, -1, GROUP) @ signs
     x = torch.stack([dot, sq_norm, prev_sq_norm, dot, dot, sq_norm])
     y = torch.stack([dot, sq_norm, prev_sq_norm, sq_norm, prev_sq_norm, prev_sq_norm])
-    moments = (x * y).sum((1, 2))
+    moments = (x * y).sum(1)
     return torch.cat([of_block.sum(1) * drawn.stratum, moments * drawn.moment_scale])
 
 

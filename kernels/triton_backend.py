@@ -240,9 +240,11 @@ def sample_kernel(
     tl.store(partial_ptr + 2, scale * tl.sum(diff * diff))
     tl.store(partial_ptr + 3, scale * tl.sum(prev_sq_norm))
     scale = tl.load(scale_ptr + 2 * k + 1)
-    dot -= tl.sum(dot, axis=1)[:, None] / GROUP
-    sq_norm -= tl.sum(sq_norm, axis=1)[:, None] / GROUP
-    prev_sq_norm -= tl.sum(prev_sq_norm, axis=1)[:, None] / GROUP
+    member = tl.arange(0, GROUP)
+    sign = tl.where(((member ^ (member >> 1) ^ (member >> 2)) & 1) == 0, 1.0, -1.0)[None, :]
+    dot = tl.sum(dot * sign, axis=1)
+    sq_norm = tl.sum(sq_norm * sign, axis=1)
+    prev_sq_norm = tl.sum(prev_sq_norm * sign, axis=1)
     tl.store(partial_ptr + 4, scale * tl.sum(dot * dot))
     tl.store(partial_ptr + 5, scale * tl.sum(sq_norm * sq_norm))
     tl.store(partial_ptr + 6, scale * tl.sum(prev_sq_norm * prev_sq_norm))

@@ -1,0 +1,239 @@
+"""Microbenchmarks of the optimizer step: how close to the memory limit, how far ahead of the alternatives.
+
+    python benchmarks/kernels.py --quick
+    python benchmarks/kernels.py --sets resnet34 gpt2 --threads 1 2 --sizes
+    python benchmarks/kernels.py --device cuda --sets resnet34 gpt2 llama-1b --sizes
+
+Every contender steps once a round, interleaved in one process; medians over rounds, ratios paired by round.
+Writes kernels.csv (one row a contender and set) and a roofline, kernels.png and .svg, into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from run import Parser, machine, positive
+
+COLUMNS = (
+    "date device threads torch triton numba oscopt set tensors elements dtype contender rounds median_ms "
+    "min_ms max_ms bytes_per_parameter gb_per_s percent_of_copy base ratio host_ms extra_bytes_per_parameter"
+).split()
+QUICK = {"sets": ["resnet34"], "seconds": 12.0}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def parser() -> Parser:
+    from micro.sets import MODELS, SWEEP
+
+    p = Parser(prog="kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--sets", nargs="*", metavar="NAME", help=f"models: {', '.join(MODELS)} (default: resnet34)"
+    )
+    p.add_argument(
+        "--sizes",
+        nargs="*",
+        metavar="N",
+        help=f"flat sizes, ELEMENTS or ELEMENTSxTENSORS (alone: {' '.join(SWEEP)}, on a GPU 1e9 too)",
+    )
+    p.add_argument("--dtype", choices=DTYPES, default="float32")
+    p.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
+    p.add_argument(
+        "--threads", nargs="+", type=positive(int), metavar="N", help="of the CPU (default: torch's)"
+    )
+    p.add_argument("--seconds", type=positive(float), help="for each set (default: 30)")
+    p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    p.add_argument("--quick", action="store_true", help="resnet34 only, without torch.compile, in a minute")
+    p.add_argument("--out", default="runs/kernels", metavar="DIR", help="default: %(default)s")
+    return p
+
+
+def chosen_sets(options: argparse.Namespace, gpu: bool) -> list:
+    """The parameter sets that the command line names.
+
+    Raises:
+        UserError: one is unknown.
+    """
+    from micro.sets import MODELS, SWEEP, flat_set, model_set
+    from study.errors import UserError
+
+    names = options.sets
+    if names is None:
+        names = QUICK["sets"] if options.quick or options.sizes is None else []
+    if unknown := [name for name in names if name not in MODELS]:
+        raise UserError(f"unknown parameter set {unknown[0]!r}; there are {', '.join(MODELS)}")
+    sizes = options.sizes
+    if sizes == []:
+        sizes = [*SWEEP, "1e9"] if gpu else SWEEP
+    try:
+        return [model_set(name) for name in names] + [flat_set(text) for text in sizes or ()]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def backends(device) -> list[str]:
+    """Names of the backends that run on `device`, the fastest first."""
+    from oscopt import kernels
+
+    names = []
+    for name in kernels.BACKENDS:
+        try:
+            kernels.backend(name, device)
+        except (RuntimeError, ImportError):
+            continue
+        names.append(name)
+    return names
+
+
+def rows_of(timings: Sequence, what, dtype: str, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a contender, with :data:`COLUMNS`."""
+    import torch
+
+    from micro.contenders import CEILING
+    from micro.timing import paired_ratio
+
+    by_name = {t.contender.name: t for t in timings}
+    itemsize = getattr(torch, dtype).itemsize
+
+    def speed(timing) -> float:
+        moved = timing.contender.arrays * itemsize * what.elements
+        return moved / statistics.median(timing.step_ms) / 1e6
+
+    rows = []
+    for timing in timings:
+        c, times = timing.contender, timing.step_ms
+        numbers = {
+            "median_ms": statistics.median(times),
+            "min_ms": min(times),
+            "max_ms": max(times),
+            "bytes_per_parameter": c.arrays * itemsize,
+            "gb_per_s": speed(timing),
+            "percent_of_copy": 100 * speed(timing) / speed(by_name[CEILING]),
+            "ratio": paired_ratio(timing, by_name[c.base]),
+            "host_ms": statistics.median(timing.host_ms),
+            "extra_bytes_per_parameter": timing.extra_bytes / what.elements,
+        }
+        labels = {"set": what.name, "tensors": len(what.shapes), "elements": what.elements, "dtype": dtype}
+        labels |= {"contender": c.name, "base": c.base, "rounds": len(times)}
+        rows.append(about | labels | {key: float(f"{value:.5g}") for key, value in numbers.items()})
+    return rows
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add `rows` to the CSV file, which begins with its header."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def version(package: str) -> str:
+    """Of the installed package; empty if it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """The table for people: text columns left, numbers right."""
+    line = "{:<29} {:>9} {:>9} {:>9} {:>6} {:>7} {:>6} {:>7} {:>8} {:>7}"
+    head = ("contender", "median ms", "min", "max", "B/par", "GB/s", "% copy", "ratio", "host ms", "+B/par")
+    print(line.format(*head))
+    for r in rows:
+        times = (f"{r[key]:.3f}" for key in ("median_ms", "min_ms", "max_ms"))
+        tail = (f"{r['percent_of_copy']:.0f}", f"{r['ratio']:.2f}", f"{r['host_ms']:.3f}")
+        extra = f"{r['extra_bytes_per_parameter']:.2f}"
+        print(
+            line.format(
+                r["contender"], *times, f"{r['bytes_per_parameter']:g}", f"{r['gb_per_s']:.1f}", *tail, extra
+            )
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from study.errors import UserError
+
+    options = parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; finished sets are in {options.out}/kernels.csv", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from micro import contenders, plot, timing
+    from study.errors import UserError
+
+    gpu = torch.cuda.is_available()
+    device = torch.device(options.device or ("cuda" if gpu else "cpu"))
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {device} cannot be used here ({str(error).splitlines()[0]}); use cpu"
+        ) from None
+    sets = chosen_sets(options, device.type == "cuda")
+    names = backends(device)
+    chosen = contenders.contenders(names, compiled=not (options.quick or options.no_compile))
+    seconds = options.seconds or (QUICK["seconds"] if options.quick else 30.0)
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
+    here = machine()
+    about = {"date": here["date"]}
+    about |= {name: version(name) for name in ("torch", "triton", "numba", "oscopt")}
+    about["device"] = here["gpu"] if device.type == "cuda" else f"{here['processor']} ({here['cores']} cores)"
+    dtype, rows = getattr(torch, options.dtype), []
+    threads = [""] if device.type == "cuda" else options.threads or [torch.get_num_threads()]
+    for count in threads:
+        if count:
+            torch.set_num_threads(count)
+        for what in sets:
+            text = f" with {count} threads" if count else ""
+            print(
+                f"\n{what.name}: {what.elements:,} parameters in {len(what.shapes):,} tensors{text}",
+                flush=True,
+            )
+            needed = timing.bytes_needed(what.elements, dtype.itemsize, chosen)
+            if needed > 0.9 * (free := timing.bytes_free(device)):
+                print(
+                    f"skipped: it needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+                )
+                continue
+            started = time.monotonic()
+            timings = timing.measure(chosen, what, dtype, device, seconds, on_skip=print)
+            found = rows_of(timings, what, options.dtype, about | {"threads": count})
+            append(out / "kernels.csv", found)
+            rows += found
+            print_table(found)
+            print(f"{found[0]['rounds']} rounds in {time.monotonic() - started:.0f} s")
+    if rows:
+        plot.draw(rows, out / "kernels")
+        print(
+            f"\nratio: to {contenders.BASE}, with momentum to {contenders.BASE_MOMENTUM}, "
+            "the median of paired rounds"
+        )
+        print(f"files: {out}/kernels.csv, kernels.png, kernels.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,7 +28,7 @@ from torch import Tensor
 BLOCK = 8  # elements: with float32 32 bytes, a sector of a GPU's cache line
 SIGNS = (1, -1, -1, 1, -1, 1, 1, -1)  # of the strata of a group (Thue and Morse's sequence)
 GROUP = len(SIGNS)  # strata; fewer cost more time, more leave the error too uncertain
-LEAST = 8192  # elements of a tensor that are measured at least, if it has them
+LEAST = 16384  # elements of a tensor that are measured at least, if it has them
 
 MOMENTS = ("dot dot", "sq_norm sq_norm", "prev_sq_norm prev_sq_norm") + (
     "dot sq_norm",

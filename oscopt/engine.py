@@ -194,7 +194,7 @@ class Engine:
             sums = torch.zeros((10, len(self.layer_names)), dtype=torch.float64, device=self.device)
         elif self._drawn is None and measured:
             prevs, copies, lost = self._pairs(grads, present)
-            sums = row[:4].zero_()
+            sums = row.zero_()[:4]
         if prevs is not None or hyper is not None:
             for n, (index, plan) in enumerate(self._plan(present, grads)):
                 out = sums

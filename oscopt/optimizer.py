@@ -37,7 +37,7 @@ class OscGD(Optimizer):
             measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None.
         every: measure every `every`-th step; the others cost what SGD costs.
         sample: in (0, 1]. Less than 1: measure a fixed pseudo-random choice of aligned blocks that holds this
-            fraction of each layer (at least 4,096 elements, or all of it), and keep only their previous
+            fraction of each parameter (at least 16,384 elements, or all of it), and keep only their previous
             gradient. The sums are then unbiased estimates; `correlation_stderr` tells the error.
         adapt: reserved; must be None.
         backend: "auto", "triton" (CUDA, ROCm), "numba" (CPU) or "torch" (anywhere).

@@ -35,13 +35,16 @@ def assert_same(ours, theirs, exactly=True):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", COMBINATIONS, ids=lambda o: "-".join(f"{k[:2]}{v}" for k, v in o.items()))
 def test_trajectory(backend, options):
-    """50 steps with every combination of options, bit for bit."""
-    steps = 50 if backend != "triton" else 8  # the interpreter takes its time
+    """50 steps with every combination of options; on a CPU bit for bit.
+
+    Triton's interpreter rounds a fused multiply-add twice, and takes its time.
+    """
+    steps = 50 if backend != "triton" else 8
     lr = 0.001 if options["maximize"] else 0.05
     ours, theirs = small_net(), small_net()
     losses = train(ours, OscGD(ours.named_parameters(), lr=lr, backend=backend, **options), steps)
     wanted = train(theirs, torch.optim.SGD(theirs.parameters(), lr=lr, foreach=True, **options), steps)
-    exactly = DEVICE == "cpu"
+    exactly = DEVICE == "cpu" and backend != "triton"
     assert_same(weights(ours), weights(theirs), exactly)
     assert losses == wanted or not exactly
 
@@ -317,8 +320,6 @@ def test_bad_arguments(options):
 
 def test_bad_arguments_of_other_kinds():
     net = small_net()
-    with pytest.raises(NotImplementedError, match="sample=0.5 is not available"):
-        OscGD(net.parameters(), sample=0.5)
     with pytest.raises(NotImplementedError, match="adapt='auto' is not available"):
         OscGD(net.parameters(), adapt="auto")
     with pytest.raises(TypeError, match=r"history must be an oscopt\.History"):

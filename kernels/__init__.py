@@ -82,6 +82,7 @@ class BatchProtocol(Protocol):
         rows: Sequence[int],
         hyper: Sequence[tuple[float, ...]] | None,
         out: Tensor | None,
+        scale: Tensor | None = None,
     ) -> None:
         """Do one step.
 
@@ -94,6 +95,8 @@ class BatchProtocol(Protocol):
             rows: the row of `hyper` for each parameter.
             hyper: rows of :data:`HYPER`; None: measure only, nothing but `prevs` and `out` is written.
             out: float64 tensor of shape (4, num_layers), overwritten with :data:`SUMS`; None: as `prevs`.
+            scale: float64 tensor of shape (num_layers,) on the parameters' device, by which each layer's `lr`
+                is multiplied; what is not measured keeps its own. None: ones.
 
         With `drawn`, prevs[i] has `drawn[i].kept_size` elements, the drawn blocks, and always holds those of
         `grads[i]` afterwards (`copies` is not looked at); `out` has shape (10, num_layers), see
@@ -188,12 +191,12 @@ class Plan:
             for (module, _), index in groups.items()
         ]
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out) -> None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         """Do one step of all parameters; the arguments are :meth:`BatchProtocol.step`'s."""
         for n, (index, batch) in enumerate(self._batches):
             target = out if n == 0 or out is None else torch.empty_like(out)
             values = (pick(v, index) for v in (grads, prevs, bufs, copies, rows))
-            batch.step(*values, hyper, target)
+            batch.step(*values, hyper, target, scale)
             if n and out is not None:
                 out += target
 

@@ -28,23 +28,19 @@ from triton.compiler import ASTSource
 from . import triton_backend
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-VARIANTS = {
-    "measure": {"measure": True, "momentum": False, "copy": False, "update": True},
-    "measure+momentum": {"measure": True, "momentum": True, "copy": False, "update": True},
-    "measure+copy": {"measure": True, "momentum": False, "copy": True, "update": True},
-    "measure+momentum+copy": {"measure": True, "momentum": True, "copy": True, "update": True},
-    "update": {"measure": False, "momentum": False, "copy": False, "update": True},
-    "update+momentum": {"measure": False, "momentum": True, "copy": False, "update": True},
-    "monitor": {"measure": True, "momentum": False, "copy": False, "update": False},
-    "monitor+copy": {"measure": True, "momentum": False, "copy": True, "update": False},
-}
-"""Compile-time arguments of the step kernel, by name."""
+_UPDATES = ("", "+momentum", "+copy", "+momentum+copy")
+VARIANTS = (
+    *(f"measure{more}{scaled}" for scaled in ("", "+scaled") for more in _UPDATES),
+    *(f"update{more}{scaled}" for scaled in ("", "+scaled") for more in ("", "+momentum")),
+    *("monitor", "monitor+copy"),
+)
+"""Names of the variants of the step kernel: what it does, joined by "+"."""
 
 SAMPLE = "sample"
 """Name of the kernel that measures drawn blocks."""
 
-REDUCE = "reduce"
-"""Name of the kernel that sums up layers, always in float64."""
+REDUCE = {"reduce": 4, "reduce sample": 10}
+"""Names of the kernel that sums up layers, always in float64, and how many sums each has."""
 
 _TYPES = {
     "pointers_ptr": "*i64",
@@ -54,9 +50,11 @@ _TYPES = {
     "flags_ptr": "*i32",
     "row_ptr": "*i32",
     "hyper_ptr": "*fp64",
+    "layer_ptr": "*i32",
     "partial_ptr": "*fp64",
     "N": "i32",
     "first_ptr": "*i64",
+    "whole_ptr": "*i32",
     "origin_ptr": "*i64",
     "number_ptr": "*i32",
     "scale_ptr": "*fp64",
@@ -98,14 +96,22 @@ def parse_target(text: str) -> GPUTarget:
 def compile_variant(target: str, dtype: torch.dtype, variant: str):
     """The compiled kernel; `target` is one that :func:`check_target` lets pass."""
     gpu = parse_target(target)
-    if variant == REDUCE:
-        kernel, constants = triton_backend.reduce_kernel, {"SUMS": 4, "BLOCK": triton_backend.REDUCE_BLOCK}
+    if variant in REDUCE:
+        kernel = triton_backend.reduce_kernel
+        constants = {"SUMS": REDUCE[variant], "BLOCK": triton_backend.REDUCE_BLOCK}
         options = triton_backend.REDUCE_OPTIONS
     elif variant == SAMPLE:
         kernel, constants = triton_backend.sample_kernel, triton_backend.sample_constants(dtype)
-        options = triton_backend.REDUCE_OPTIONS
+        options = triton_backend.options(dtype, gpu.warp_size)
     else:
-        kernel, constants = triton_backend.step_kernel, triton_backend.constants(dtype, **VARIANTS[variant])
+        parts = variant.split("+")
+        constants = triton_backend.constants(
+            dtype,
+            update="monitor" not in parts,
+            measure="update" not in parts,
+            **{part: part in parts for part in ("momentum", "copy", "scaled")},
+        )
+        kernel = triton_backend.step_kernel
         options = triton_backend.options(dtype, gpu.warp_size)
     names = kernel.arg_names
     source = ASTSource(
@@ -137,7 +143,7 @@ def check_target(target: str) -> None:
 def _compile_silently(target: str) -> None:
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    compile_variant(target, torch.float32, REDUCE)
+    compile_variant(target, torch.float32, next(iter(REDUCE)))
 
 
 def report(target: str, dtype: torch.dtype, variant: str) -> Report:
@@ -149,7 +155,7 @@ def report(target: str, dtype: torch.dtype, variant: str) -> Report:
     else:
         main, masked = _paths(compiled.asm["amdgcn"], _GCN_LABEL, _GCN_BRANCH, _gcn_accesses)
         resources = _hip_resources(compiled.asm["amdgcn"])
-    name = "float64" if variant == REDUCE else str(dtype).removeprefix("torch.")
+    name = "float64" if variant in REDUCE else str(dtype).removeprefix("torch.")
     return Report(target, name, variant, main, masked, shared_bytes=compiled.metadata.shared, **resources)
 
 
@@ -233,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     names = [str(d).removeprefix("torch.") for d in triton_backend.DTYPES]
     parser.add_argument("--dtype", nargs="+", default=names, choices=names)
-    variants = [*VARIANTS, SAMPLE, REDUCE]
+    variants = [*VARIANTS, SAMPLE, *REDUCE]
     parser.add_argument("--variant", nargs="+", default=variants, choices=variants)
     parser.add_argument("--json", action="store_true", help="one JSON array instead of a table")
     options = parser.parse_args(arguments)
@@ -244,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         for target in options.target:
             for dtype in options.dtype:
                 for variant in options.variant:
-                    if variant == REDUCE and dtype != options.dtype[0]:
+                    if variant in REDUCE and dtype != options.dtype[0]:
                         continue
                     reports.append(report(target, getattr(torch, dtype), variant))
                     if not options.json:

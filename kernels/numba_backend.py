@@ -37,6 +37,7 @@ _STORAGE = {
 }
 DTYPES = tuple(_STORAGE)
 _NO_ADDRESSES = np.zeros(0, np.int64)
+_NO_SCALE = np.zeros(0)
 
 
 def unavailable(device: torch.device) -> str:
@@ -77,10 +78,11 @@ class Batch:
                 sizes,
             )
         self._shares: dict[int, np.ndarray] = {}
+        self._layer_of = np.array(layer_of, np.int64)
         self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NO_ADDRESSES)
         self._hyper: tuple[object, np.ndarray] = (None, np.zeros((1, 6)))
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out) -> None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         if self._rows[0] != rows:
             self._rows = (list(rows), np.array(rows, np.int64))
         if hyper is not None and self._hyper[0] is not hyper:
@@ -97,6 +99,8 @@ class Batch:
             np.array(copies, np.bool_) if copies is not None else np.zeros(0, np.bool_),
             self._rows[1],
             self._hyper[1],
+            scale.numpy() if scale is not None else _NO_SCALE,
+            self._layer_of,
             self._tensor,
             self._start,
             self._stop,
@@ -376,10 +380,10 @@ def _copy(to, source):
 
 
 @njit(nogil=True, cache=True)
-def _chunk(p, g, q, buf, copy, n, row, itemsize, tag):
+def _chunk(p, g, q, buf, copy, n, row, scale, itemsize, tag):
     """Sum and update `n` elements at the addresses `p`, `g`, `q`, `buf`; 0 leaves its part out."""
     scalar = _load(tag[0])
-    lr = scalar + type(scalar)(row[0])
+    lr = scalar + type(scalar)(row[0] * scale)
     decay = scalar + type(scalar)(row[1])
     gain = scalar + type(scalar)(row[2])
     weight_decay = scalar + type(scalar)(row[3])
@@ -417,7 +421,9 @@ def _chunk(p, g, q, buf, copy, n, row, itemsize, tag):
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _step(p, g, q, buf, copy, rows, hyper, tensor, start, stop, share, itemsize, tag, partials):
+def _step(
+    p, g, q, buf, copy, rows, hyper, scale, layer_of, tensor, start, stop, share, itemsize, tag, partials
+):
     for thread in prange(share.size - 1):
         for c in range(share[thread], share[thread + 1]):
             k = tensor[c]
@@ -430,6 +436,7 @@ def _step(p, g, q, buf, copy, rows, hyper, tensor, start, stop, share, itemsize,
                 copy.size > 0 and copy[k],
                 stop[c] - start[c],
                 hyper[rows[k]],
+                scale[layer_of[k]] if scale.size and layer_of[k] >= 0 else 1.0,
                 itemsize,
                 tag,
             )
@@ -474,6 +481,8 @@ def _sample_step(
     copy,
     rows,
     hyper,
+    scale,
+    layer_of,
     tensor,
     start,
     stop,
@@ -506,6 +515,7 @@ def _sample_step(
                         False,
                         min(stop[c] - at, part),
                         hyper[rows[k]],
+                        scale[layer_of[k]] if scale.size and layer_of[k] >= 0 else 1.0,
                         itemsize,
                         tag,
                     )

@@ -60,7 +60,7 @@ class Batch:
         self._layer_of = layer_of
         self._drawn = drawn
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out) -> None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         if prevs is not None:
             out.zero_()
             for i, layer in enumerate(self._layer_of):
@@ -77,13 +77,18 @@ class Batch:
                             [self._params[i] for i in index],
                             [grads[i] for i in index],
                             [bufs[i] for i in index] if momentum else None,
+                            None if scale is None else [self._scale(scale, i) for i in index],
                             *hyper[row],
                         )
         for i in (i for i, copy in enumerate(copies or ()) if copy and self._drawn is None):
             prevs[i].copy_(grads[i])
 
+    def _scale(self, scale: Tensor, i: int) -> Tensor:
+        """What multiplies the learning rate of parameter i: float64, 0-dim."""
+        return scale[self._layer_of[i]] if self._layer_of[i] >= 0 else torch.ones_like(scale[0])
 
-def _update(params, grads, bufs, lr, decay, gain, weight_decay, lookahead, sign) -> None:
+
+def _update(params, grads, bufs, scales, lr, decay, gain, weight_decay, lookahead, sign) -> None:
     d = torch._foreach_neg(grads) if sign < 0 else grads
     if weight_decay != 0:
         d = torch._foreach_add(d, params, alpha=weight_decay)
@@ -91,4 +96,8 @@ def _update(params, grads, bufs, lr, decay, gain, weight_decay, lookahead, sign)
         torch._foreach_mul_(bufs, decay)
         torch._foreach_add_(bufs, d, alpha=gain)
         d = torch._foreach_add(d, bufs, alpha=lookahead) if lookahead else bufs
-    torch._foreach_add_(params, d, alpha=-lr)
+    if scales is None:
+        torch._foreach_add_(params, d, alpha=-lr)
+    else:
+        for p, direction, scale in zip(params, d, scales, strict=True):
+            p.sub_(direction * (lr * scale).to(p.dtype))

@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCK = 1024  # elements that a program holds at a time
 TILE = 8 * BLOCK  # elements of a program
 REDUCE_BLOCK = 256
-SAMPLE_ROWS = 128  # drawn blocks of a program
+SAMPLE_ROWS = BLOCK // SAMPLE_BLOCK  # drawn blocks of a program
 REDUCE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 _ALIGNED: tl.constexpr = tl.constexpr(1)  # all pointers are multiples of 16 bytes
@@ -70,6 +70,8 @@ def step_kernel(
     flags_ptr,  # int32 (N,): the sum of ALIGNED, COPIED and BUFFERED, where they hold
     row_ptr,  # int32 (N,): row of hyper
     hyper_ptr,  # float64 (rows, 6)
+    layer_ptr,  # int32 (N,): each tensor's layer, -1: none
+    scale_ptr,  # float64 (L,): what multiplies a layer's learning rate, if SCALED
     partial_ptr,  # float64 (tiles, 4)
     N,
     ELEMENT: tl.constexpr,
@@ -78,6 +80,7 @@ def step_kernel(
     MEASURE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     COPY: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -94,7 +97,11 @@ def step_kernel(
     q_ptr = tl.load(pointers_ptr + 2 * N + k).to(element) + start
     b_ptr = tl.load(pointers_ptr + 3 * N + k).to(element) + start
     hyper_ptr += 6 * tl.load(row_ptr + k)
-    lr = tl.load(hyper_ptr).to(COMPUTE)
+    lr = tl.load(hyper_ptr)
+    if SCALED:
+        layer = tl.load(layer_ptr + k)
+        lr *= tl.load(scale_ptr + layer, mask=layer >= 0, other=1.0)
+    lr = lr.to(COMPUTE)
     decay = tl.load(hyper_ptr + 1).to(COMPUTE)
     gain = tl.load(hyper_ptr + 2).to(COMPUTE)
     weight_decay = tl.load(hyper_ptr + 3).to(COMPUTE)
@@ -198,9 +205,11 @@ def sample_kernel(
     pointers_ptr,  # int64 (4, N): as in step_kernel; the previous gradients are their drawn blocks
     tensor_ptr,  # int32 (tiles,): each tile's tensor
     first_ptr,  # int64 (tiles,): index of its first drawn block
+    whole_ptr,  # int32 (tiles,): 1 where all its drawn blocks lie in the tensor whole
     origin_ptr,  # int64 (N + 1,): index of each tensor's first drawn block, and of the end
     number_ptr,  # int32: numbers of the drawn blocks of all tensors
     size_ptr,  # int64 (N,)
+    flags_ptr,  # int32 (N,): as in step_kernel
     scale_ptr,  # float64 (N, 2): of sums and of moments
     partial_ptr,  # float64 (tiles, 10)
     N,
@@ -217,17 +226,24 @@ def sample_kernel(
     there = drawn < tl.load(origin_ptr + k + 1)
     start = BLOCK * tl.load(number_ptr + drawn, mask=there, other=0).to(tl.int64)
     rest = tl.where(there, tl.load(size_ptr + k) - start, 0)
-    lanes = tl.arange(0, BLOCK)
-    mask = lanes[None, :] < rest[:, None]
+    lanes = tl.arange(0, BLOCK)[None, :]
     element = tl.pointer_type(ELEMENT)
     g_ptr = tl.load(pointers_ptr + N + k).to(element)
     q_ptr = tl.load(pointers_ptr + 2 * N + k).to(element)
-    g_ptr = g_ptr + start[:, None] + lanes[None, :]
-    q_ptr = q_ptr + BLOCK * (drawn - origin)[:, None] + lanes[None, :]
-    g_raw = tl.load(g_ptr, mask=mask, other=0.0)
-    q = tl.load(q_ptr, mask=mask, other=0.0).to(tl.float64)
-    tl.store(q_ptr, g_raw, mask=mask)
-    g = g_raw.to(tl.float64)
+    at_g = start[:, None] + lanes
+    at_q = BLOCK * (drawn - origin)[:, None] + lanes
+    if (tl.load(flags_ptr + k) & _ALIGNED) != 0 and tl.load(whole_ptr + tile) != 0:
+        g_ptr = tl.multiple_of(g_ptr, 16)
+        q_ptr = tl.multiple_of(q_ptr, 16)
+        g_raw = tl.load(g_ptr + at_g, mask=there[:, None], other=0.0)
+        q_raw = tl.load(q_ptr + at_q, mask=there[:, None], other=0.0)
+        tl.store(q_ptr + at_q, g_raw, mask=there[:, None])
+    else:
+        mask = lanes < rest[:, None]
+        g_raw = tl.load(g_ptr + at_g, mask=mask, other=0.0)
+        q_raw = tl.load(q_ptr + at_q, mask=mask, other=0.0)
+        tl.store(q_ptr + at_q, g_raw, mask=mask)
+    g, q = g_raw.to(tl.float64), q_raw.to(tl.float64)
     diff = g - q
     # Sums of every drawn block, one row a group.
     dot = tl.reshape(tl.sum(g * q, axis=1), (ROWS // GROUP, GROUP))
@@ -261,7 +277,9 @@ _ELEMENT = {
 }
 
 
-def constants(dtype: torch.dtype, *, update: bool, measure: bool, momentum: bool, copy: bool) -> dict:
+def constants(
+    dtype: torch.dtype, *, update: bool, measure: bool, momentum: bool, copy: bool, scaled: bool
+) -> dict:
     """The compile-time arguments of :func:`step_kernel`."""
     return {
         "ELEMENT": _ELEMENT[dtype],
@@ -270,6 +288,7 @@ def constants(dtype: torch.dtype, *, update: bool, measure: bool, momentum: bool
         "MEASURE": measure,
         "MOMENTUM": momentum,
         "COPY": copy,
+        "SCALED": scaled,
         "BLOCK": BLOCK,
         "TILE": TILE,
     }
@@ -281,7 +300,7 @@ def sample_constants(dtype: torch.dtype) -> dict:
 
 
 def options(dtype: torch.dtype, warp_size: int = 64 if torch.version.hip else 32) -> dict:
-    """The compiler's options for :func:`step_kernel`: as many threads as make an access 16 bytes wide."""
+    """The compiler's options for step and sample: as many threads as make an access 16 bytes wide."""
     return {"num_warps": BLOCK * dtype.itemsize // (16 * warp_size), "enable_fp_fusion": False}
 
 
@@ -308,8 +327,11 @@ class Batch:
             first = start + (ends - lengths)[tensor]
             scale = np.array([(d.stratum, d.moment_scale) for d in drawn], np.float64)
             number = np.concatenate([d.number for d in drawn])
-            tables = (tensor, first, np.concatenate([[0], ends]), number)
+            last = np.minimum(first + SAMPLE_ROWS, ends[tensor]) - 1
+            whole = SAMPLE_BLOCK * (number[last] + np.int64(1)) <= sizes[tensor]
+            tables = (tensor, first, whole.astype(np.int32), np.concatenate([[0], ends]), number)
             self._sample = [self._upload(table) for table in (*tables, sizes, scale)]
+        self._layer_of = self._upload(np.array(layer_of, np.int32))
         bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
         self._bounds = self._upload(bounds.astype(np.int32))
         self._sums = 4 if drawn is None else 10
@@ -318,7 +340,7 @@ class Batch:
         self._rows: tuple[Sequence[int] | None, Tensor | None] = (None, None)
         self._hyper: tuple[object, Tensor | None] = (None, None)
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out) -> None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         measure = prevs is not None
         pointers, flags = self._table(grads, prevs, bufs, copies)
         whole = measure and self._drawn is None
@@ -334,6 +356,7 @@ class Batch:
                 measure=whole,
                 momentum=any(b is not None for b in bufs),
                 copy=whole and copies is not None,
+                scaled=scale is not None,
             )
             step_kernel[(len(self._tensor),)](
                 pointers,
@@ -343,6 +366,8 @@ class Batch:
                 flags,
                 self._rows[1],
                 self._hyper[1],
+                self._layer_of,
+                self._partials if scale is None else scale,
                 self._partials,
                 len(grads),
                 **chosen,
@@ -351,11 +376,13 @@ class Batch:
         if measure and self._drawn is not None and len(self._partials):
             sample_kernel[(len(self._partials),)](
                 pointers,
-                *self._sample,
+                *self._sample[:-1],
+                flags,
+                self._sample[-1],
                 self._partials,
                 len(grads),
                 **sample_constants(self._dtype),
-                **REDUCE_OPTIONS,
+                **options(self._dtype),
             )
         if measure and self._num_layers:
             reduce_kernel[(self._num_layers, self._sums)](

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+
+from oscopt.kernels.aot import REDUCE, VARIANTS
 
 
 def aot(*arguments: str) -> subprocess.CompletedProcess:
@@ -27,7 +30,17 @@ def reports() -> list[dict]:
 def test_every_variant_is_there(reports):
     kinds = {(r["target"], r["dtype"], r["variant"]) for r in reports}
     targets = {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
-    assert {target for target, _, _ in kinds} == targets and len(kinds) == len(targets) * (2 * 8 + 1)
+    assert {target for target, _, _ in kinds} == targets
+    assert len(kinds) == len(targets) * (2 * (len(VARIANTS) + 1) + len(REDUCE))
+
+
+def test_every_step_that_can_be_taken_is_a_variant():
+    """Measured or not, with and without momentum, copies and scales: what the backend may launch."""
+    for measure, update, momentum, copy, scaled in itertools.product((False, True), repeat=5):
+        if (measure or update) and (update or not (momentum or scaled)) and (measure or not copy):
+            name = "measure" if measure and update else "update" if update else "monitor"
+            parts = {"momentum": momentum, "copy": copy, "scaled": scaled}
+            assert "+".join([name, *(part for part, on in parts.items() if on)]) in VARIANTS
 
 
 def test_no_spills(reports):
@@ -38,18 +51,18 @@ def test_no_spills(reports):
 def test_main_path_is_128_bits_wide(reports):
     """Each array is read once: parameter, gradient, previous gradient, buffer; and nothing narrower is."""
     for r in reports:
-        if r["variant"] == "reduce":
+        if r["dtype"] == "float64":  # the small kernel that adds up tiles
             continue
         assert set(r["main"]) <= {"load 128", "store 128"}, r
         parts = r["variant"].split("+")
-        loads = {"measure": 3, "update": 2, "monitor": 2}[parts[0]] + ("momentum" in parts)
-        assert r["main"]["load 128"] % loads == 0 or parts[0] == "update", r
+        arrays = {"measure": 3, "update": 2, "monitor": 2, "sample": 2}[parts[0]] + ("momentum" in parts)
+        assert r["main"]["load 128"] % arrays == 0 or parts[0] == "update", r
         assert ("store 128" in r["main"]) == (r["variant"] != "monitor"), r
 
 
 def test_masked_path_is_one_element_wide(reports):
     for r in reports:
-        if r["variant"] != "reduce" and r["target"].startswith("cuda"):
+        if r["dtype"] != "float64" and r["variant"] != "sample" and r["target"].startswith("cuda"):
             bits = {"float32": 32, "bfloat16": 16}[r["dtype"]]
             assert {int(key.split()[1]) for key in r["masked"]} == {bits}, r
 

@@ -218,6 +218,30 @@ def test_measuring_alone_changes_nothing(name):
     assert torch.allclose(out.cpu(), oracle([0], 1, [g], [q]))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("momentum", [False, True])
+def test_scale_multiplies_each_layers_rate(name, dtype, momentum):
+    """A layer's own factor; what is not measured keeps its rate; measured and plain steps alike."""
+    generator = torch.Generator().manual_seed(2)
+    sizes, layer_of, scale = [9000, 70, 5000, 33], [1, 0, -1, 1], [4.0, 0.125]
+    params = [make(n, "plain", dtype, 1.0, generator) for n in sizes]
+    grads = [make(n, "plain", dtype, 1.0, generator) for n in sizes]
+    vector = torch.tensor(scale, dtype=torch.float64, device=DEVICE)
+    row = (0.1, 0.9, 1.0, 0.01, 0.0, 1.0) if momentum else PLAIN
+    for prevs in (None, [torch.ones_like(p) for p in params]):
+        bufs = [torch.ones_like(p) if momentum else None for p in params]
+        before, before_bufs = [p.clone() for p in params], [None if b is None else b.clone() for b in bufs]
+        out = None if prevs is None else torch.empty((4, 2), dtype=torch.float64, device=DEVICE)
+        plan = plan_for(name, params, grads, layer_of, 2)
+        plan.step(grads, prevs, bufs, None, [0] * 4, [row], out, vector)
+        for p, x, g, b, layer in zip(params, before, grads, before_bufs, layer_of, strict=True):
+            own = (row[0] * (scale[layer] if layer >= 0 else 1.0), *row[1:])
+            exact, _ = expected_update(x, g, b, own)
+            size = x.cpu().double().abs() + own[0] * (g.cpu().double().abs() + 2)
+            assert ((p.cpu().double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size).all()
+
+
 def test_dense():
     x = torch.empty(4, 6, 5)
     assert kernels.dense(x) and kernels.dense(x.permute(2, 0, 1)) and kernels.dense(x[:, :, None])

@@ -47,7 +47,7 @@ class History:
         ValueError: `limit` is less than 512.
     """
 
-    def __init__(self, limit: int | None = 65_536) -> None:
+    def __init__(self, limit: int | None = 32_768) -> None:
         if limit is not None and limit < 2 * _BLOCK:
             raise ValueError(f"Invalid limit: {limit}; use at least {2 * _BLOCK} steps, or None")
         self._limit = limit

@@ -35,6 +35,8 @@ setup(
             "pytest-timeout",
             "hypothesis>=6.100",
             "pandas>=2",
+            "xarray",
+            "expecttest",  # what torch.testing._internal imports
             "ruff>=0.8",
             "build",
         ],

@@ -233,8 +233,8 @@ class OscGD(Optimizer):
         grads, wholes = engine.gradients()
         hyper = []
         for group in self.param_groups:
-            lr, momentum, damp = float(group["lr"]), float(group["momentum"]), float(group["dampening"])
-            decay, ahead = float(group["weight_decay"]), momentum if group["nesterov"] else 0.0
+            lr, momentum, damp = _number(group["lr"]), float(group["momentum"]), float(group["dampening"])
+            decay, ahead = _number(group["weight_decay"]), momentum if group["nesterov"] else 0.0
             sign = -1.0 if group["maximize"] else 1.0
             hyper.append((lr, momentum, 1.0 - damp, decay, ahead, sign))
             hyper.append((lr, 0.0, 1.0, decay, ahead, sign))  # a momentum buffer's first step
@@ -386,6 +386,10 @@ class OscGD(Optimizer):
         return self._engine
 
 
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
 def _all_zero(grads: list[Tensor | None]) -> bool:
     return not any(bool(g.any()) for g in grads if g is not None)
 
@@ -400,7 +404,7 @@ def _check(group: dict[str, Any]) -> None:
         ("momentum", "momentum value"),
         ("weight_decay", "weight_decay value"),
     ):
-        if not (group[name] >= 0.0 and math.isfinite(group[name])):
+        if not (group[name] >= 0.0 and math.isfinite(_number(group[name]))):
             raise ValueError(f"Invalid {text}: {group[name]}; it must be finite and not negative")
     if not math.isfinite(group["dampening"]):
         raise ValueError(f"Invalid dampening value: {group['dampening']}; it must be finite")

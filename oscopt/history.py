@@ -411,12 +411,13 @@ class History:
         return cls._from_arrays({k: np.asarray(v) for k, v in state.items()}, "state")
 
     def _arrays(self, names: bool = True) -> dict[str, Any]:
-        """What a file holds: `format`, `limit` (-1: none), `count` of steps so far, and by step the rest."""
+        """What a file holds: format, limit (-1: none), steps so far, the last drained one, and the rest."""
         whole = _joined(self._all_blocks(), len(self._layer_names))
         return {
             "format": np.array(_FORMAT),
             "limit": np.array(-1 if self._limit is None else self._limit),
             "count": np.array(self._count + len(self._steps)),
+            "drained": np.array(self._drained),
             "steps": whole.steps,
             "ordinals": whole.ordinals,
             **({"layer_names": np.array(self.layer_names, str)} if names else {}),
@@ -443,6 +444,7 @@ class History:
             history._limit = None if data["limit"] < 0 else int(data["limit"])
         history._layer_names = tuple(str(name) for name in data["layer_names"])
         history._count = int(data.get("count", count))
+        history._drained = int(data.get("drained", -1))
         ordinals = np.asarray(data.get("ordinals", np.arange(count)), np.int64)
         if count:
             sums = np.stack([data[name] for name in RECORDED], axis=1)

@@ -10,6 +10,7 @@ version = next(
     if line.startswith("__version__")
 )
 cpu = ["numba>=0.61"]
+integrations = ["lightning>=2.4", "transformers>=4.50", "accelerate>=1", "wandb>=0.19"]
 bench = ["torchvision>=0.26", "matplotlib>=3.9", "rich>=13", "mlxtend>=0.23"]
 
 setup(
@@ -28,6 +29,7 @@ setup(
     extras_require={
         "cpu": cpu,
         "bench": bench,
+        "integrations": integrations,
         "test": [
             *cpu,
             *bench,
@@ -35,6 +37,9 @@ setup(
             "pytest-timeout",
             "hypothesis>=6.100",
             "pandas>=2",
+            "xarray",
+            "tensorboard",
+            "expecttest",  # what torch.testing._internal imports
             "ruff>=0.8",
             "build",
         ],

@@ -7,8 +7,9 @@ tells), the pair is lost, recorded as NaN, and from then on that parameter's gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import kernels, measures
+from .distributed import Ranks, bare, describe, is_dtensor
 from .history import History
 from .kernels.sampling import NOTHING, draw, estimate
 from .window import Window
@@ -40,65 +42,78 @@ class Slot:
     """One parameter and what is known about it from the last step."""
 
     name: str
-    param: Tensor
-    state: dict[str, Any]
-    layer: int  # -1: not measured
+    outer: Tensor  # the parameter, as users have it
+    param: Tensor  # the real tensor in memory behind it; mostly the same object
+    layer: int  # -1: not measured, here
+    home: int  # the layer, also where another rank measures this piece; -1: none
     group: int  # of hyperparameters
     address: int
+    shape: torch.Size
     stride: tuple[int, ...]
     dense: bool
     copied: bool  # the previous gradient is ours, the kernel copies into it
-    version: int = 0  # of the previous gradient when it was kept
+    prev: Tensor | None = None  # the previous gradient, as a tensor like `param`
+    version: int = 0  # of it, when it was kept
+    sample: Tensor | None = None  # the kept blocks of it, when only a part is measured
+    state: dict[str, Any] | None = None  # None: there is none yet
 
 
 class Engine:
     """Measures, and on request updates, a fixed list of parameters.
 
     Args:
-        names, params, states, groups: the parameters' names, tensors, state dicts (of an optimizer) and the
-            numbers of their parameter groups.
+        names, params, groups: the parameters' names, tensors and the numbers of their parameter groups.
+        states: the state of each parameter (an optimizer's); one that has none gets it when there is any.
         layers: the name of each parameter's layer, None: not measured.
         every: measure every so many steps.
         sample: the fraction of each layer that is measured.
         backend: "auto" or one of :data:`oscopt.kernels.BACKENDS`.
         history: where the sums go.
+        ranks: the processes that share the parameters, if they have found each other already.
+
+    Raises:
+        ValueError: a parameter has another shape or device than its kept gradient; or the ranks disagree.
     """
 
     def __init__(
         self,
         names: Sequence[str],
         params: Sequence[Tensor],
-        states: Sequence[dict[str, Any]],
+        states: Mapping[Tensor, dict[str, Any]],
         groups: Sequence[int],
         layers: Sequence[str | None],
         every: int,
         sample: float,
         backend: str,
         history: History,
+        ranks: Ranks | None = None,
     ) -> None:
         self.layer_names = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
-        index = {name: i for i, name in enumerate(self.layer_names)}
-        self.slots = [
-            Slot(
-                name=name,
-                param=p,
-                state=state,
-                layer=-1 if layer is None else index[layer],
-                group=group,
-                address=p.data_ptr(),
-                stride=p.stride(),
-                dense=kernels.dense(p),
-                copied=state.get(COPIED, False),
+        index: dict[str | None, int] = {name: i for i, name in enumerate(self.layer_names)} | {None: -1}
+        self.ranks = _ranks(names, params, layers, {"every": every, "sample": sample}, ranks)
+        counted = self.ranks.counted if self.ranks is not None else [True] * len(params)
+        self._states = states
+        self.slots = []
+        for i, p in enumerate(params):
+            local, home = bare(p), index[layers[i]]
+            self.slots.append(
+                Slot(
+                    name=names[i],
+                    outer=p,
+                    param=local,
+                    layer=home if counted[i] else -1,
+                    home=home,
+                    group=groups[i],
+                    address=local.data_ptr(),
+                    shape=local.shape,
+                    stride=local.stride(),
+                    dense=kernels.dense(local),
+                    copied=False,
+                    state=states.get(p),
+                )
             )
-            for name, p, state, group, layer in zip(names, params, states, groups, layers, strict=True)
-        ]
-        for slot in self.slots:
-            for key in (PREVIOUS, "momentum_buffer"):
-                if slot.state.get(key) is not None:
-                    slot.state[key] = _like(slot, slot.state[key])
-            if slot.state.get(PREVIOUS) is not None:
-                slot.version = slot.state[PREVIOUS]._version
-        devices = dict.fromkeys(p.device for p in params)
+        self._plain = all(slot.outer is slot.param for slot in self.slots)
+        devices = dict.fromkeys(slot.param.device for slot in self.slots)
         self.backends = {device: kernels.backend(backend, device) for device in devices}
         self.backend = "+".join(dict.fromkeys(module.NAME for module in self.backends.values()))
         self._every = every
@@ -115,44 +130,103 @@ class Engine:
         self._last_row: Tensor | None = None
         self._plans: dict[tuple, list[tuple[list[int] | None, kernels.Plan]]] = {}
         for slot in self.slots:
-            self._drop_what_does_not_fit(slot)
-        key = PREVIOUS if self._drawn is None else SAMPLE
-        self._kept = [i for i, slot in enumerate(self.slots) if key in slot.state]
-        self._lr: tuple[tuple, np.ndarray] = ((), np.zeros(0))
-        self._prev_lr = np.full(len(self.layer_names), np.nan)
+            if slot.state is not None:
+                self._take_up(slot)
+        self._kept = [
+            i for i, slot in enumerate(self.slots) if slot.prev is not None or slot.sample is not None
+        ]
+        self._rates: dict[tuple[float, ...], np.ndarray] = {}
         self.windows: list[Window] = []
 
-    def stale(self) -> bool:
-        """Whether a parameter has moved (to another device, dtype, layout): a new engine is needed."""
-        return any(slot.param.data_ptr() != slot.address for slot in self.slots)
+    def stale(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether a new engine is needed: a parameter has moved (to another device, dtype, layout), or its
+        state has been taken away.
+        """
+        if states is not self._states or (not states and any(slot.state for slot in self.slots)):
+            return True
+        if self._plain:
+            return any(slot.param.data_ptr() != slot.address for slot in self.slots)
+        return any(bare(slot.outer).data_ptr() != slot.address for slot in self.slots)
+
+    def state(self, slot: Slot) -> dict[str, Any]:
+        """The state of its parameter, to be written."""
+        if slot.state is None:
+            slot.state = self._states[slot.outer]
+        return slot.state
 
     def correlation(self) -> Tensor:
         """Latest mu of each layer: float64, shape (L,)."""
         if self._last_row is None:
             return torch.full((len(self.layer_names),), torch.nan, dtype=torch.float64)
+        self.history.settle()
         dot, sq_norm, _, prev_sq_norm = self._last_row[:4]
         return measures.correlation(dot, sq_norm, prev_sq_norm)
+
+    def correlation_stderr(self) -> Tensor:
+        """Standard error of the latest mu of each layer: float64, shape (L,); 0 where all is measured."""
+        if self._last_row is None:
+            return torch.full((len(self.layer_names),), torch.nan, dtype=torch.float64)
+        self.history.settle()
+        return self._last_row[4]
 
     def global_correlation(self) -> Tensor:
         """Latest mu of all layers together: float64, 0-dim."""
         if self._last_row is None:
             return torch.tensor(torch.nan, dtype=torch.float64)
+        self.history.settle()
         dot, sq_norm, _, prev_sq_norm = self._last_row[:4].sum(1)
         return measures.correlation(dot, sq_norm, prev_sq_norm)
 
     def open_window(self, h: int) -> Window:
         """A window on the next `h` steps."""
-        window = Window(h, self.layer_names, lambda w: self.windows.remove(w) if w in self.windows else None)
+        window = Window(
+            h,
+            self.layer_names,
+            lambda w: self.windows.remove(w) if w in self.windows else None,
+            self.device,
+            self.ranks,
+        )
         self.windows.append(window)
         return window
 
-    def gradients(self) -> list[Tensor | None]:
-        """The parameters' gradients, with the strides of the parameters.
+    def wants(self, step: int) -> bool:
+        """Whether the gradients of step number `step` are measured, or kept for the one after it."""
+        return (step + 1) % self._every == 0 or (step + 2) % self._every == 0
+
+    def values(self) -> list[Tensor]:
+        """The parameters, as real tensors in memory.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex. Nothing has been changed by then.
+            ValueError: one has changed its shape.
         """
-        grads = [slot.param.grad for slot in self.slots]
+        values = [slot.param if slot.outer is slot.param else bare(slot.outer) for slot in self.slots]
+        for slot, value in zip(self.slots, values, strict=True):
+            if value.shape != slot.shape:
+                raise ValueError(_changed(slot, "shape", tuple(slot.shape), tuple(value.shape)))
+        return values
+
+    def let_go(self) -> None:
+        """Hold no gradient any more."""
+        for slot in self.slots:
+            slot.prev = slot.sample = slot.state = None
+        self._kept, self.windows = [], []
+
+    def gradients(self) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
+        """The gradients: as real tensors in memory with the parameters' strides, and as users have them.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or the process group of sharded parameters is gone.
+            ValueError: a parameter has changed its shape.
+
+        Nothing has been changed by then.
+        """
+        if self.ranks is not None:
+            self.ranks.check()
+        grads = [slot.outer.grad for slot in self.slots]
+        wholes: Sequence[Tensor | None] = grads
+        if not self._plain:
+            wholes = [_placed(slot, g) for slot, g in zip(self.slots, grads, strict=True)]
+            grads = [None if g is None else bare(g) for g in wholes]
         for i, (slot, g) in enumerate(zip(self.slots, grads, strict=True)):
             if g is None:
                 continue
@@ -161,28 +235,32 @@ class Engine:
                     f"the gradient of {slot.name!r} is sparse ({g.layout}); use a dense one "
                     "(for torch.nn.Embedding: sparse=False)"
                 )
+            if g.shape != slot.shape:
+                raise ValueError(_changed(slot, "shape", tuple(slot.shape), tuple(g.shape)))
             if g.requires_grad:
                 g = grads[i] = g.detach()
             if g.stride() != slot.stride:
                 grads[i] = _like(slot, g)
-        return grads
+        return grads, wholes
 
     def step(
         self,
         step: int,
         grads: Sequence[Tensor | None],
+        wholes: Sequence[Tensor | None],
         bufs: Sequence[Tensor | None],
         rows: Sequence[int],
         hyper: Sequence[tuple[float, ...]] | None,
         lr: tuple[float, ...],
+        prev_lr: tuple[float, ...],
     ) -> None:
         """Measure and update.
 
         Args:
             step: its number, from 0.
-            grads: from :meth:`gradients`.
+            grads, wholes: from :meth:`gradients`.
             bufs, rows, hyper: for every parameter, as :class:`oscopt.kernels.BatchProtocol` has them.
-            lr: the learning rate of every parameter group.
+            lr, prev_lr: the learning rates of every parameter group in this step and the one before.
         """
         present = [i for i, g in enumerate(grads) if g is not None]
         measured = (step + 1) % self._every == 0
@@ -193,7 +271,7 @@ class Engine:
             prevs, lost = self._kept_samples(grads, present)
             sums = torch.zeros((10, len(self.layer_names)), dtype=torch.float64, device=self.device)
         elif self._drawn is None and measured:
-            prevs, copies, lost = self._pairs(grads, present)
+            prevs, copies, lost = self._pairs(grads, wholes, present)
             sums = row.zero_()[:4]
         if prevs is not None or hyper is not None:
             for n, (index, plan) in enumerate(self._plan(present, grads)):
@@ -204,19 +282,30 @@ class Engine:
                 if n and sums is not None:
                     sums += out.to(sums.device)
         if row is not None:
-            if self._drawn is not None:
-                estimate(sums, row)
-        lr_row = self._layer_lr(lr)
-        if row is not None:
             if lost:
-                row[0, lost] = row[2, lost] = row[3, lost] = row[4, lost] = torch.nan
+                everything = len(lost) == len(self.layer_names)  # as at the start: no index to upload
+                for part in (sums[0], sums[2], sums[3], *sums[4:]):
+                    part[slice(None) if everything else lost] = torch.nan
             self._last_row = row
-            self.history.commit(step, lr_row, self._prev_lr)
-        self._prev_lr = lr_row
+            rates = self._layer_lr(lr), self._layer_lr(prev_lr)
+            self.history.commit(step, *rates, self._finish(sums, row))
         for window in tuple(self.windows):
             window.add([self.slots[i].layer for i in present], [grads[i] for i in present])
         if self._drawn is None:
-            self._keep(grads, present if keep else [], copied=measured)
+            self.keep(grads, wholes, present if keep else [], copied=measured)
+
+    def _finish(self, sums: Tensor, row: Tensor) -> partial | None:
+        """Bring the ranks' sums together and finish the row; what of it is left for later, if any."""
+        if self.ranks is None:
+            if self._drawn is not None:
+                estimate(sums, row)
+            return None
+        return partial(self._settle, self.ranks.reduce(sums), sums, row)
+
+    def _settle(self, work: Any, sums: Tensor, row: Tensor) -> None:
+        self.ranks.wait(work)
+        if self._drawn is not None:
+            estimate(sums, row)
 
     def _kept_samples(self, grads, present) -> tuple[list, list[int]]:
         """The kept blocks of the previous gradients, and the layers that have no valid pair."""
@@ -225,20 +314,25 @@ class Engine:
             changed = set(self._kept).symmetric_difference(present)
             lost.update(self.slots[i].layer for i in changed)
             for i in changed.difference(present):
-                self.slots[i].state.pop(SAMPLE, None)
+                slot = self.slots[i]
+                slot.sample = None
+                self.state(slot).pop(SAMPLE, None)
         kept: list[Tensor | None] = list(grads)
         for i in present:
             slot = self.slots[i]
             if slot.layer < 0:
                 continue
-            if SAMPLE not in slot.state:
-                slot.state[SAMPLE] = grads[i].new_zeros(self._drawn[i].kept_size)
-                slot.state[SAMPLE_LAYOUT] = list(slot.stride)
-            kept[i] = slot.state[SAMPLE]
+            if slot.sample is None:
+                slot.sample = grads[i].new_zeros(self._drawn[i].kept_size)
+                # What was drawn of a piece fits no other number of ranks: not for checkpoints.
+                if not is_dtensor(slot.outer):
+                    state = self.state(slot)
+                    state[SAMPLE], state[SAMPLE_LAYOUT] = slot.sample, list(slot.stride)
+            kept[i] = slot.sample
         self._kept = present
         return kept, sorted(lost - {-1})
 
-    def _pairs(self, grads, present) -> tuple[list, list[bool] | None, Sequence[int]]:
+    def _pairs(self, grads, wholes, present) -> tuple[list, list[bool] | None, Sequence[int]]:
         """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
         prevs: list[Tensor | None] = list(grads)
         copies = None
@@ -247,8 +341,8 @@ class Engine:
             slot, g = self.slots[i], grads[i]
             if slot.layer < 0:
                 continue
-            prev = slot.state.get(PREVIOUS)
-            if prev is None:
+            prev = slot.prev
+            if prev is None or prev.dtype != g.dtype:
                 lost.add(slot.layer)
             elif slot.copied:
                 prevs[i] = prev
@@ -256,33 +350,40 @@ class Engine:
                 copies[i] = True
             elif prev is g or prev._version != slot.version or prev.data_ptr() == g.data_ptr() != 0:
                 lost.add(slot.layer)
-                slot.state[PREVIOUS] = g.clone()
-                slot.copied = slot.state[COPIED] = True
+                self._copy(slot, wholes[i])
             else:
                 prevs[i] = prev
         if self._kept != present:
             lost.update(self.slots[i].layer for i in set(self._kept).symmetric_difference(present))
         return prevs, copies, sorted(lost - {-1})
 
-    def _keep(self, grads, kept: list[int], copied: bool) -> None:
+    def _copy(self, slot: Slot, whole: Tensor) -> None:
+        """Keep a copy of a gradient, from now on."""
+        state = self.state(slot)
+        state[PREVIOUS] = torch.empty_like(slot.outer, dtype=whole.dtype).copy_(whole.detach())
+        slot.prev = bare(state[PREVIOUS])
+        slot.copied = state[COPIED] = True
+
+    def keep(self, grads, wholes, kept: list[int], copied: bool) -> None:
         """Keep the gradients of the slots `kept` for the next step, and no others.
 
         `copied`: the kernel has overwritten the copies already.
         """
         if kept != self._kept:
             for i in set(self._kept).difference(kept):
-                self.slots[i].state.pop(PREVIOUS, None)
+                self.slots[i].prev = None
+                self.state(self.slots[i]).pop(PREVIOUS, None)
         for i in kept:
             slot, g = self.slots[i], grads[i]
-            if slot.layer < 0:
+            if slot.home < 0:
                 continue
             if not slot.copied:
-                slot.state[PREVIOUS] = g
-                slot.version = g._version
-            elif PREVIOUS not in slot.state:
-                slot.state[PREVIOUS] = g.clone()
-            elif not copied:
-                slot.state[PREVIOUS].copy_(g)
+                self.state(slot)[PREVIOUS] = g if slot.outer is slot.param else wholes[i].detach()
+                slot.prev, slot.version = g, g._version
+            elif slot.prev is None or slot.prev.dtype != g.dtype:
+                self._copy(slot, wholes[i])
+            elif not copied or slot.layer < 0:
+                slot.prev.copy_(g)
         self._kept = kept
 
     def _plan(self, present, grads) -> list[tuple[list[int] | None, kernels.Plan]]:
@@ -312,30 +413,70 @@ class Engine:
             ]
         return self._plans[key]
 
-    def _drop_what_does_not_fit(self, slot: Slot) -> None:
-        """Forget what was kept in another mode, or with another order of memory."""
-        if self._drawn is None or slot.state.get(SAMPLE_LAYOUT) != list(slot.stride):
-            slot.state.pop(SAMPLE, None)
-            slot.state.pop(SAMPLE_LAYOUT, None)
-        if self._drawn is not None:
-            slot.state.pop(PREVIOUS, None)
-            slot.state.pop(COPIED, None)
+    def _take_up(self, slot: Slot) -> None:
+        """Go on with what an optimizer's state holds of a parameter; forget what was kept in another mode.
 
-    def correlation_stderr(self) -> Tensor:
-        """Standard error of the latest mu of each layer: float64, shape (L,); 0 where all is measured."""
-        if self._last_row is None:
-            return torch.full((len(self.layer_names),), torch.nan, dtype=torch.float64)
-        return self._last_row[4]
+        Raises:
+            ValueError: it does not fit the parameter.
+        """
+        state = slot.state
+        if self._drawn is None or state.get(SAMPLE_LAYOUT) != list(slot.stride):
+            state.pop(SAMPLE, None)
+            state.pop(SAMPLE_LAYOUT, None)
+        if self._drawn is not None:
+            state.pop(PREVIOUS, None)
+            state.pop(COPIED, None)
+        for key in (PREVIOUS, "momentum_buffer"):
+            if state.get(key) is None:
+                continue
+            value = bare(state[key])
+            if value.shape != slot.shape:
+                raise ValueError(_changed(slot, "shape", tuple(value.shape), tuple(slot.shape)))
+            if value.device != slot.param.device:
+                raise ValueError(_changed(slot, "device", value.device, slot.param.device))
+            if _like(slot, value) is not value:
+                state[key] = torch.empty_like(slot.outer, dtype=state[key].dtype).copy_(state[key])
+        if state.get(PREVIOUS) is not None:
+            slot.prev = bare(state[PREVIOUS])
+            slot.version = slot.prev._version
+        slot.copied = state.get(COPIED, False)
+        slot.sample = state.get(SAMPLE)
 
     def _layer_lr(self, lr: tuple[float, ...]) -> np.ndarray:
-        """Learning rate of every layer, NaN where its parameters differ; the same array until it changes."""
-        if self._lr[0] != lr:
+        """Rate of every layer, NaN where its parameters differ; the same array while the rates are."""
+        if lr not in self._rates:
             of_layer: list[set[float]] = [set() for _ in self.layer_names]
             for slot in self.slots:
-                if slot.layer >= 0:
-                    of_layer[slot.layer].add(lr[slot.group])
-            self._lr = (lr, np.array([rates.pop() if len(rates) == 1 else np.nan for rates in of_layer]))
-        return self._lr[1]
+                if slot.home >= 0:
+                    of_layer[slot.home].add(lr[slot.group])
+            rates = [rates.pop() if len(rates) == 1 else np.nan for rates in of_layer]
+            if len(self._rates) == 2:  # this step's and the last one's
+                self._rates.pop(next(iter(self._rates)))
+            self._rates[lr] = np.array(rates, np.float64)
+        return self._rates[lr]
+
+
+def _ranks(names, params, layers, settings: dict[str, Any], known: Ranks | None) -> Ranks | None:
+    """The processes that share the parameters, None: there is one. Those known, if nothing has changed."""
+    if not any(map(is_dtensor, params)):
+        return None
+    if known is not None and known.description == describe(names, params, layers, settings):
+        return known
+    return Ranks(names, params, layers, settings)
+
+
+def _placed(slot: Slot, grad: Tensor | None) -> Tensor | None:
+    """A gradient, with the placements of its parameter if that is a DTensor."""
+    if grad is None or not is_dtensor(grad) or grad.placements == slot.outer.placements:
+        return grad
+    return grad.redistribute(slot.outer.device_mesh, slot.outer.placements)
+
+
+def _changed(slot: Slot, what: str, before: object, now: object) -> str:
+    return (
+        f"parameter {slot.name!r} has changed its {what} from {before} to {now} since its last step; change "
+        "a model before its first step, or make a new optimizer (and monitor) for it"
+    )
 
 
 def _like(slot: Slot, tensor: Tensor) -> Tensor:

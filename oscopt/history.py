@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .kernels import SUMS
 
 if TYPE_CHECKING:
     import pandas
+    import xarray
 
 RECORDED = (*SUMS, "correlation_stderr")
 """What one row of the record holds for each layer."""
@@ -33,24 +35,53 @@ class History:
     the device; reading does. A layer's row is NaN where there is nothing to compare: in the first step, after
     a step in which other parameters of the layer had gradients, and where the previous gradient was
     overwritten. Sums that are not finite are NaN.
+
+    Args:
+        limit: how many steps are held in memory. Beyond, the record is thinned: every second step is dropped,
+            the oldest first, until every second step is left, then every fourth, and so on. Each row is
+            complete in itself, so what is left stays exact; `steps` tells which. A step of L layers takes
+            40 L bytes, and as much again where learning rates change; time a step does not depend on T.
+            None: no limit. :meth:`stream_to` keeps every step on disk.
+
+    Raises:
+        ValueError: `limit` is less than 512.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = 32_768) -> None:
+        if limit is not None and limit < 2 * _BLOCK:
+            raise ValueError(f"Invalid limit: {limit}; use at least {2 * _BLOCK} steps, or None")
+        self._limit = limit
         self._layer_names: tuple[str, ...] = ()
-        self._steps: list[int] = []
-        self._host: dict[str, list[np.ndarray]] = {name: [] for name in _HOST}
-        self._blocks: list[np.ndarray | Tensor] = []  # (steps, 5, layers), on the host or on their way
+        self._blocks: list[_Block] = []  # on the host, the oldest first
+        self._arriving: _Block | None = None  # on its way there
         self._block: Tensor | None = None  # (_BLOCK, 5, L) on the device
-        self._filled = 0
+        self._steps: list[int] = []  # of the filled rows of it
+        self._rates: list[tuple[np.ndarray, ...]] = []  # lr and prev_lr of them
+        self._settle_last: Callable[[], None] | None = None
+        self._count = 0  # steps recorded so far, dropped ones included
+        self._stride = 1  # of these, every so many are held
+        self._held = 0  # steps in _blocks
+        self._drained = -1  # the last step that drain() gave out
+        self._folder: _Folder | None = None
 
     def __len__(self) -> int:
-        return len(self._steps)
+        arriving = len(self._arriving) if self._arriving is not None else 0
+        return self._held + arriving + len(self._steps)
 
     def __repr__(self) -> str:
-        span = f"steps {self._steps[0]} to {self._steps[-1]}" if self._steps else "no steps"
+        steps = self.steps
+        span = f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no steps"
         return f"History({span}, {len(self._layer_names)} layers)"
 
     # ---- recording (the optimizer's side) ----------------------------------------------------------------
+
+    @property
+    def next_step(self) -> int:
+        """The number of the step after the last one recorded."""
+        if self._steps:
+            return self._steps[-1] + 1
+        last = self._arriving or (self._blocks[-1] if self._blocks else None)
+        return int(last.steps[-1]) + 1 if last is not None else 0
 
     def add_layers(self, names: Sequence[str]) -> None:
         """Set the layers to `names`, which begin with those there are; new ones are NaN so far.
@@ -69,34 +100,105 @@ class History:
             self._layer_names = names
 
     def next_row(self, device: torch.device) -> Tensor:
-        """Where the next step's :data:`RECORDED` go: float64, shape (5, L), on `device`."""
-        if self._block is not None and (self._filled == _BLOCK or self._block.device != device):
+        """Where the next step's :data:`RECORDED` go: float64, shape (5, L), zeros, on `device`."""
+        if self._block is not None and (len(self._steps) == _BLOCK or self._block.device != device):
             self._close_block()
+        self.settle()
         if self._block is None:
-            self._block = torch.empty(
-                (_BLOCK, len(RECORDED), len(self._layer_names)), dtype=torch.float64, device=device
-            )
-        return self._block[self._filled]
+            shape = (_BLOCK, len(RECORDED), len(self._layer_names))
+            self._block = torch.zeros(shape, dtype=torch.float64, device=device)
+        return self._block[len(self._steps)]
 
-    def commit(self, step: int, lr: np.ndarray, prev_lr: np.ndarray) -> None:
-        """Make the row last asked for part of the record: step number, learning rates of shape (L,)."""
-        self._filled += 1
+    def commit(
+        self, step: int, lr: np.ndarray, prev_lr: np.ndarray, settle: Callable[[], None] | None = None
+    ) -> None:
+        """Make the row last asked for part of the record.
+
+        Args:
+            step: its number.
+            lr, prev_lr: learning rates of this step and the one before, shape (L,); not to be changed later.
+            settle: finishes the row, which is still being summed; called before anything reads it.
+        """
         self._steps.append(step)
-        self._host["lr"].append(lr)
-        self._host["prev_lr"].append(prev_lr)
+        self._rates.append((lr, prev_lr))
+        self._settle_last = settle
+
+    def cut(self, step: int) -> None:
+        """Forget the steps from number `step` on: the run goes back to where it was before that step."""
+        if self.next_step <= step:
+            return
+        self._close_block()
+        self._absorb()
+        self._blocks = [b for b in (block.where(block.steps < step) for block in self._blocks) if len(b)]
+        self._held = sum(map(len, self._blocks))
+        self._count = int(self._blocks[-1].ordinals[-1]) + 1 if self._blocks else 0
+        self._drained = min(self._drained, step - 1)
+        if self._folder is not None:
+            self._folder.last = min(self._folder.last, step - 1)
+
+    def settle(self) -> None:
+        """Finish the row that is still being summed."""
+        if self._settle_last is not None:
+            settle, self._settle_last = self._settle_last, None
+            settle()
+
+    def _open_block(self, first: int = 0) -> _Block:
+        """The filled rows of the block on the device from number `first` on, as they lie there."""
+        self.settle()
+        width, count = len(self._layer_names), len(self._steps) - first
+        rates = {}
+        for i, name in enumerate(_HOST):
+            rows = [row[i] for row in self._rates[first:]]
+            if all(row is rows[0] for row in rows):
+                rates[name] = np.broadcast_to(rows[0], (count, width))
+            else:
+                rates[name] = np.stack(rows)
+        ordinals = np.arange(self._count + first, self._count + len(self._steps))
+        sums = self._block[first : len(self._steps)]
+        return _Block(np.array(self._steps[first:], np.int64), ordinals, sums, rates)
 
     def _close_block(self) -> None:
-        if self._block is not None and self._filled:
-            block = self._block[: self._filled]
-            if block.device.type == "cpu":
-                self._blocks.append(block.numpy())
-            else:
-                host = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)
-                host.copy_(block, non_blocking=True)
+        """Send the block on the device to the host; take up the one before, which has arrived meanwhile."""
+        if self._block is not None and self._steps:
+            self._absorb()
+            self._arriving = block = self._open_block()
+            self._count += len(self._steps)
+            if block.sums.device.type == "cuda":
+                host = torch.empty(block.sums.shape, dtype=block.sums.dtype, pin_memory=True)
+                host.copy_(block.sums, non_blocking=True)
                 event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(block.device))
-                self._blocks.append(_Moving(host, event))
-        self._block, self._filled = None, 0
+                event.record(torch.cuda.current_stream(block.sums.device))
+                block.sums, block.event = host, event
+            else:
+                block.sums = block.sums.cpu()
+        self._block, self._steps, self._rates = None, [], []
+
+    def _absorb(self) -> None:
+        """Store the block that was on its way, on disk if asked, and thin what is too much."""
+        if self._arriving is None:
+            return
+        block, self._arriving = self._arriving.on_host(), None
+        if self._folder is not None:
+            self._folder.append(self._history_of([block]))
+        self._blocks.append(block.thinned(self._stride))
+        self._join(len(self._blocks) - 1)
+        self._held = sum(map(len, self._blocks))
+        while self._limit is not None and self._held > self._limit:
+            dense = (i for i, block in enumerate(self._blocks) if block.stride < self._stride)
+            if (i := next(dense, None)) is None:
+                self._stride *= 2
+                continue
+            before = len(self._blocks[i])
+            self._blocks[i] = self._blocks[i].thinned(self._stride)
+            self._held -= before - len(self._blocks[i])
+            self._join(i)
+
+    def _join(self, i: int) -> None:
+        """Put block `i` and the one before together if they are small."""
+        if i:
+            pair = self._blocks[i - 1 : i + 1]
+            if pair[0].stride == pair[1].stride and len(pair[0]) + len(pair[1]) <= _BLOCK:
+                self._blocks[i - 1 : i + 1] = [_joined(pair, len(self._layer_names))]
 
     # ---- reading -----------------------------------------------------------------------------------------
 
@@ -108,7 +210,8 @@ class History:
     @property
     def steps(self) -> np.ndarray:
         """Numbers of the measured steps, the optimizer's first being 0: int64, shape (T,)."""
-        return np.array(self._steps, np.int64)
+        parts = [block.steps for block in (*self._blocks, self._arriving) if block is not None]
+        return np.concatenate([*parts, np.array(self._steps, np.int64)])
 
     @property
     def dot(self) -> np.ndarray:
@@ -138,12 +241,12 @@ class History:
     @property
     def lr(self) -> np.ndarray:
         """Learning rate of the step: float64, shape (T, L); NaN where a layer's parameters differ in it."""
-        return self._per_layer("lr")
+        return self._rate("lr")
 
     @property
     def prev_lr(self) -> np.ndarray:
         """Learning rate of the step before: float64, shape (T, L)."""
-        return self._per_layer("prev_lr")
+        return self._rate("prev_lr")
 
     @property
     def step_scale(self) -> np.ndarray:
@@ -179,6 +282,33 @@ class History:
         """Directional smoothness along the step from t - 1 to t: float64, shape (T, L)."""
         return measures.smoothness(self.diff_sq_norm, self.prev_sq_norm, self.prev_lr)
 
+    def drain(self) -> History:
+        """What is new since the last call, as a history of its own; everything, the first time.
+
+        For live logging: it waits for the device, once, and its cost depends on what is new only. What
+        :class:`History` thinned out before it was asked for is gone: drain at least every 256 steps.
+        """
+        blocks: list[_Block] = []
+        for block in reversed([*self._blocks, *([self._arriving] if self._arriving is not None else [])]):
+            if block.steps[-1] <= self._drained:
+                break
+            blocks.insert(0, block.on_host().where(block.steps > self._drained))
+        if self._steps and self._steps[-1] > self._drained:
+            first = int(np.searchsorted(self._steps, self._drained, side="right"))
+            blocks.append(self._open_block(first).on_host())
+        self._drained = self.next_step - 1
+        return self._history_of(blocks)
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """Everything as arrays: `steps` (T,), `layer_names` (L,), the sums, rates and measures (T, L)."""
+        return {
+            "steps": self.steps,
+            "layer_names": np.array(self.layer_names, str),
+            **{name: getattr(self, name) for name in (*RECORDED, *_HOST, "step_scale")},
+            "correlation": self.correlation(),
+            "curvature": self.curvature(),
+        }
+
     def to_pandas(self) -> pandas.DataFrame:
         """One line for each step and layer, indexed by both. Needs pandas.
 
@@ -189,44 +319,42 @@ class History:
             import pandas
         except ImportError as error:
             raise ImportError("History.to_pandas needs pandas: pip install pandas") from error
-        index = pandas.MultiIndex.from_product([self.steps, self.layer_names], names=["step", "layer"])
-        columns = {name: getattr(self, name) for name in (*RECORDED, "lr", "step_scale")}
-        columns["correlation"] = self.correlation()
-        columns["curvature"] = self.curvature()
-        return pandas.DataFrame({k: v.ravel() for k, v in columns.items()}, index=index)
+        arrays = self.to_numpy()
+        levels = [arrays.pop("steps"), arrays.pop("layer_names")]
+        index = pandas.MultiIndex.from_product(levels, names=["step", "layer"])
+        return pandas.DataFrame({k: v.ravel() for k, v in arrays.items()}, index=index)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A dataset with the dimensions `step` and `layer`. Needs xarray.
+
+        Raises:
+            ImportError: xarray is not installed.
+        """
+        try:
+            import xarray
+        except ImportError as error:
+            raise ImportError("History.to_xarray needs xarray: pip install xarray") from error
+        arrays = self.to_numpy()
+        coordinates = {"step": arrays.pop("steps"), "layer": arrays.pop("layer_names")}
+        return xarray.Dataset({k: (("step", "layer"), v) for k, v in arrays.items()}, coordinates)
 
     # ---- files -------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
         """Write an .npz file, whole or not at all: `format`, `steps`, `layer_names` and the arrays."""
-        path = Path(path)
-        arrays = {name: getattr(self, name) for name in (*RECORDED, *_HOST, "step_scale")}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(
-                    file,
-                    format=_FORMAT,
-                    steps=self.steps,
-                    layer_names=np.array(self.layer_names, str),
-                    **arrays,
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        _write(Path(path), np.savez_compressed, self._arrays() | {"step_scale": self.step_scale})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> History:
-        """Read a file that :meth:`save` wrote; nothing in it is executed.
+        """Read a file that :meth:`save` wrote, or a folder of :meth:`stream_to`; nothing in it is executed.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, of another version, or something else.
         """
+        path = Path(path)
+        if path.is_dir():
+            return cls._from_folder(path)
         try:
             with np.load(path, allow_pickle=False) as file:
                 data = {name: file[name] for name in file.files}
@@ -236,15 +364,42 @@ class History:
             raise ValueError(f"{os.fspath(path)!r} is no history, or a damaged one: {error}") from None
         return cls._from_arrays(data, repr(os.fspath(path)))
 
+    def stream_to(self, folder: str | os.PathLike) -> None:
+        """From now on also append every step to `folder`, thinned or not, in files of up to 256 steps.
+
+        A file appears when it is complete; a kill loses the steps that were not written yet, which
+        :meth:`flush` writes. What the folder lacks of the record so far is written first. Where this history
+        goes on from a point before the folder's end (a run resumed from a checkpoint), it replaces what the
+        folder has from there on. ``History.load(folder)`` reads all of it. With several processes, call it in
+        one.
+
+        Raises:
+            ValueError: the folder holds the record of another run, and this history is empty.
+        """
+        target = _Folder(Path(folder))
+        if target.last >= 0 and not len(self):
+            raise ValueError(
+                f"{os.fspath(folder)!r} holds a record up to step {target.last} already; go on with "
+                "History.load of it, or give another folder"
+            )
+        target.last = min(target.last, self.next_step - 1)
+        self._close_block()
+        self._absorb()
+        if self._blocks:
+            target.append(self._history_of(self._blocks))
+        self._folder = target
+
+    def flush(self) -> None:
+        """Write what :meth:`stream_to` has not written yet."""
+        self._close_block()
+        self._absorb()
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and strings only: `torch.load(..., weights_only=True)` reads it back."""
-        arrays = {name: torch.from_numpy(getattr(self, name).copy()) for name in (*RECORDED, *_HOST)}
-        return {
-            "format": _FORMAT,
-            "steps": torch.from_numpy(self.steps),
-            "layer_names": list(self.layer_names),
-            **arrays,
+        arrays = {
+            name: torch.from_numpy(np.array(value)) for name, value in self._arrays(names=False).items()
         }
+        return arrays | {"format": _FORMAT, "layer_names": list(self.layer_names)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> History:
@@ -255,6 +410,21 @@ class History:
         """
         return cls._from_arrays({k: np.asarray(v) for k, v in state.items()}, "state")
 
+    def _arrays(self, names: bool = True) -> dict[str, Any]:
+        """What a file holds: format, limit (-1: none), steps so far, the last drained one, and the rest."""
+        whole = _joined(self._all_blocks(), len(self._layer_names))
+        return {
+            "format": np.array(_FORMAT),
+            "limit": np.array(-1 if self._limit is None else self._limit),
+            "count": np.array(self._count + len(self._steps)),
+            "drained": np.array(self._drained),
+            "steps": whole.steps,
+            "ordinals": whole.ordinals,
+            **({"layer_names": np.array(self.layer_names, str)} if names else {}),
+            **{name: np.ascontiguousarray(whole.sums[:, i]) for i, name in enumerate(RECORDED)},
+            **whole.rates,
+        }
+
     @classmethod
     def _from_arrays(cls, data: dict[str, np.ndarray], source: str) -> History:
         wanted = ("format", "steps", "layer_names", *RECORDED, *_HOST)
@@ -264,36 +434,76 @@ class History:
             raise ValueError(
                 f"{source} is a history of format {int(data['format'])}, this oscopt reads {_FORMAT}"
             )
-        shape = (len(data["steps"]), len(data["layer_names"]))
+        count = len(data["steps"])
+        shape = (count, len(data["layer_names"]))
         for name in (*RECORDED, *_HOST):
             if data[name].shape != shape:
                 raise ValueError(f"{source} is damaged: {name!r} has shape {data[name].shape}, not {shape}")
         history = cls()
+        if "limit" in data:
+            history._limit = None if data["limit"] < 0 else int(data["limit"])
         history._layer_names = tuple(str(name) for name in data["layer_names"])
-        history._steps = [int(step) for step in data["steps"]]
-        if history._steps:
-            history._blocks = [np.stack([data[name] for name in RECORDED], axis=1)]
-        for name in _HOST:
-            history._host[name] = list(data[name])
+        history._count = int(data.get("count", count))
+        history._drained = int(data.get("drained", -1))
+        ordinals = np.asarray(data.get("ordinals", np.arange(count)), np.int64)
+        if count:
+            sums = np.stack([data[name] for name in RECORDED], axis=1)
+            rates = {name: np.asarray(data[name]) for name in _HOST}
+            block = _Block(np.asarray(data["steps"], np.int64), ordinals, sums, rates)
+            history._blocks = [block.between(i, i + _BLOCK) for i in range(0, count, _BLOCK)]
+            history._held = count
+        return history
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> History:
+        parts = [cls.load(path) for path in _files(folder)]
+        if not parts:
+            raise ValueError(f"{os.fspath(folder)!r} is no history: it holds no files of steps")
+        history = parts[-1]
+        blocks: list[_Block] = []
+        for part in parts:  # a later file replaces what earlier ones have of its steps and those after
+            if part.layer_names != history.layer_names[: len(part.layer_names)]:
+                raise ValueError(
+                    f"{os.fspath(folder)!r} mixes records of the layers {_some(part.layer_names)} and "
+                    f"{_some(history.layer_names)}"
+                )
+            blocks = [block.where(block.steps < part._blocks[0].steps[0]) for block in blocks]
+            blocks = [block for block in blocks if len(block)] + part._blocks
+        history._blocks, history._held = blocks, sum(map(len, blocks))
+        history._count = int(blocks[-1].ordinals[-1]) + 1
         return history
 
     def __getstate__(self) -> dict[str, Any]:
         self._close_block()
-        return self.__dict__ | {"_blocks": [_on_host(block) for block in self._blocks]}
+        self._absorb()
+        return self.__dict__ | {"_folder": None}
 
     # ---- inside ------------------------------------------------------------------------------------------
 
+    def _all_blocks(self) -> list[_Block]:
+        blocks = list(self._blocks)
+        if self._arriving is not None:
+            blocks.append(self._arriving.on_host())
+        if self._steps:
+            blocks.append(self._open_block().on_host())
+        return blocks
+
+    def _history_of(self, blocks: list[_Block]) -> History:
+        history = History(limit=None)
+        history._layer_names, history._blocks = self._layer_names, list(blocks)
+        history._held = sum(map(len, blocks))
+        history._count = int(blocks[-1].ordinals[-1]) + 1 if blocks else 0
+        return history
+
     def _sum(self, name: str) -> np.ndarray:
         row, width = RECORDED.index(name), len(self._layer_names)
-        blocks = [_on_host(block)[:, row] for block in self._blocks]
-        if self._block is not None and self._filled:
-            blocks.append(self._block[: self._filled, row].cpu().numpy())
-        return np.concatenate([np.zeros((0, width)), *(_widened(block, width) for block in blocks)])
+        parts = (_widened(block.sums[:, row], width) for block in self._all_blocks())
+        return np.concatenate([np.zeros((0, width)), *parts])
 
-    def _per_layer(self, name: str) -> np.ndarray:
+    def _rate(self, name: str) -> np.ndarray:
         width = len(self._layer_names)
-        rows = [row if len(row) == width else _widened(row[None], width)[0] for row in self._host[name]]
-        return np.array(rows, np.float64).reshape(len(rows), width)
+        parts = (_widened(block.rates[name], width) for block in self._all_blocks())
+        return np.concatenate([np.zeros((0, width)), *parts])
 
     def _trailing_mean(self, mu: np.ndarray, window: int) -> np.ndarray:
         if window < 2:
@@ -309,24 +519,139 @@ class History:
             return (total[last] - total[first]) / (count[last] - count[first])
 
 
-class _Moving:
-    """A block on its way from the device to pinned memory."""
+@dataclass(slots=True)
+class _Block:
+    """Consecutive steps of a record.
 
-    def __init__(self, host: Tensor, event: torch.cuda.Event) -> None:
-        self._host = host
-        self._event = event
+    Attributes:
+        steps: their numbers, (n,).
+        ordinals: how many steps were recorded before each, (n,).
+        sums: (n, 5, layers); a tensor until :meth:`on_host`.
+        rates: `lr` and `prev_lr`, (n, layers); one row in memory where they do not change.
+        stride: every ordinal is a multiple of it.
+        event: when `sums` has arrived.
+    """
 
-    def numpy(self) -> np.ndarray:
-        self._event.synchronize()
-        return self._host.numpy()
+    steps: np.ndarray
+    ordinals: np.ndarray
+    sums: np.ndarray | Tensor
+    rates: dict[str, np.ndarray]
+    stride: int = 1
+    event: torch.cuda.Event | None = None
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def on_host(self) -> _Block:
+        if not isinstance(self.sums, Tensor):
+            return self
+        if self.event is not None:
+            self.event.synchronize()
+        return replace(self, sums=self.sums.cpu().numpy(), event=None)
+
+    def between(self, first: int, last: int) -> _Block:
+        rates = {name: rate[first:last] for name, rate in self.rates.items()}
+        part = slice(first, last)
+        return replace(
+            self,
+            steps=self.steps[part],
+            ordinals=self.ordinals[part],
+            sums=self.sums[part],
+            rates=rates,
+        )
+
+    def where(self, chosen: np.ndarray) -> _Block:
+        """The chosen steps only, without the memory of the others."""
+        if chosen.all():
+            return self
+        rates = {}
+        for name, rate in self.rates.items():
+            constant = len(rate) and rate.strides[0] == 0
+            rates[name] = (
+                np.broadcast_to(rate[0], (chosen.sum(), rate.shape[1])) if constant else rate[chosen]
+            )
+        return replace(
+            self,
+            steps=self.steps[chosen],
+            ordinals=self.ordinals[chosen],
+            sums=self.sums[chosen],
+            rates=rates,
+        )
+
+    def thinned(self, stride: int) -> _Block:
+        return (
+            self if stride == self.stride else replace(self.where(self.ordinals % stride == 0), stride=stride)
+        )
 
 
-def _on_host(block: np.ndarray | _Moving) -> np.ndarray:
-    return block if isinstance(block, np.ndarray) else block.numpy()
+def _joined(blocks: Sequence[_Block], width: int) -> _Block:
+    """One block of `width` layers."""
+    none = np.zeros(0, np.int64)
+    rates = {}
+    for name in _HOST:
+        parts = [block.rates[name] for block in blocks if len(block)]
+        row = parts[0][:1] if parts else np.zeros((1, width))
+        if all(p.strides[0] == 0 and np.array_equal(p[:1], row, equal_nan=True) for p in parts):
+            rates[name] = np.broadcast_to(_widened(row, width)[0], (sum(map(len, parts)), width))
+        else:
+            rates[name] = np.concatenate([_widened(p, width) for p in parts])
+    return _Block(
+        np.concatenate([none, *(block.steps for block in blocks)]),
+        np.concatenate([none, *(block.ordinals for block in blocks)]),
+        np.concatenate([np.zeros((0, len(RECORDED), width)), *(_widened(b.sums, width) for b in blocks)]),
+        rates,
+        blocks[0].stride if blocks else 1,
+    )
+
+
+class _Folder:
+    """Files of consecutive steps, each whole or not there.
+
+    Attributes:
+        last: the number of the last step that is to stay, -1: none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        files = _files(path)
+        self.last = int(History.load(files[-1]).steps[-1]) if files else -1
+        self._next = int(files[-1].stem.split("-")[1]) + 1 if files else 0
+
+    def append(self, history: History) -> None:
+        new = history._history_of(
+            [b for b in (x.where(x.steps > self.last) for x in history._blocks) if len(b)]
+        )
+        if len(new):
+            _write(self.path / f"steps-{self._next:08d}.npz", np.savez, new._arrays())
+            self._next, self.last = self._next + 1, int(new.steps[-1])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("steps-????????.npz"))
+
+
+def _write(path: Path, save: Callable[..., None], arrays: dict[str, Any]) -> None:
+    """A file that appears under its name when it is complete and on the disk."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            save(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def _widened(rows: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=np.nan)
+    """`rows` with NaN for layers that came later, which are the last axis."""
+    missing = width - rows.shape[-1]
+    if not missing:
+        return rows
+    return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)], constant_values=np.nan)
 
 
 def _some(names: Sequence[str]) -> str:

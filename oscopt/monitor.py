@@ -1,59 +1,79 @@
-"""OscMonitor: measures the gradients of any optimizer, and changes nothing."""
+"""OscMonitor: measures the gradients and updates of any optimizer, and changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed import Ranks, bare
 from .engine import COPIED, PREVIOUS, SAMPLE, SAMPLE_LAYOUT, Engine
 from .history import History
 from .layers import Layers, assign
 from .window import Window
 
+QUANTITIES = ("grad", "update")
+"""What can be measured."""
+
 _KEYS = (PREVIOUS, COPIED, SAMPLE, SAMPLE_LAYOUT)
 
 
 class OscMonitor:
-    """Measures, at each step of `optimizer`, how the gradients that it finds correlate with the last ones.
+    """Measures, at each step of `optimizer`, how its gradients and updates correlate with the last ones.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``. Its trajectory stays what it is, bit for bit.
-        named_parameters: `model.named_parameters()`; those that `optimizer` holds are measured.
-        layers, every, sample, backend, history: as in :class:`oscopt.OscGD`.
+        named_parameters: `model.named_parameters()`, or some of them; frozen ones are left out.
+        what: "grad": the gradients that a step finds (that it ends with, where it calls a closure or unscales
+            them itself). "update": what it has added to the parameters, x_{t+1} - x_t; this takes two copies
+            of the parameters. Or both, as a tuple.
+        layers, every, sample, backend: as in :class:`oscopt.OscGD`.
+        history, update_history: record into these, which go on where they end. Default: new ones.
 
     Raises:
-        ValueError: `optimizer` holds none of the parameters; or as in :class:`oscopt.OscGD`.
+        ValueError: `optimizer` does not hold a parameter, or has a monitor of it already; `what` is unknown;
+            or as in :class:`oscopt.OscGD`.
+        TypeError: `named_parameters` gives no names.
 
-    The recorded `lr` is the optimizer's; a curvature follows from it only if that is plain gradient descent.
+    The recorded `lr` is the optimizer's (NaN where it is a tensor on a GPU, which reading would wait for); a
+    curvature follows from it only if that is plain gradient descent. A step that a GradScaler skips is not
+    measured; the next one pairs with the last that was applied.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         named_parameters: Iterable[tuple[str, Tensor]],
+        what: str | Sequence[str] = ("grad",),
         *,
         layers: Layers = "module",
         every: int = 1,
         sample: float = 1.0,
         backend: str = "auto",
         history: History | None = None,
+        update_history: History | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"Invalid every: {every!r}; use a whole number of steps, 1 or more")
         if not (isinstance(sample, int | float) and 0.0 < sample <= 1.0):
             raise ValueError(f"Invalid sample: {sample!r}; use a fraction greater than 0 and at most 1")
+        self.what = (what,) if isinstance(what, str) else tuple(what)
+        if not self.what or set(self.what) - set(QUANTITIES):
+            raise ValueError(f"Invalid what: {what!r}; use 'grad', 'update' or ('grad', 'update')")
         group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        held = {name: p for name, p in named_parameters if p in group_of}
-        if not held:
-            raise ValueError("the optimizer holds none of the named parameters; pass those that it updates")
-        self._history = History() if history is None else history
-        self._step = int(self._history.steps[-1]) + 1 if len(self._history) else 0
-        self._optimizer = optimizer
-        self._states: dict[str, dict[str, Any]] = {name: {} for name in held}
+        held = _held(named_parameters, group_of)
+        for other in _monitors(optimizer):
+            shared = [n for n, p in held.items() if any(p is q for q in other._options["params"])]
+            if shared and set(self.what) & set(other.what):
+                raise ValueError(
+                    f"the optimizer has a monitor of parameter {shared[0]!r} already; read that one's "
+                    "history, or detach() it first"
+                )
         self._options: dict[str, Any] = {
             "names": list(held),
             "params": list(held.values()),
@@ -62,89 +82,226 @@ class OscMonitor:
             "every": every,
             "sample": float(sample),
             "backend": backend,
-            "history": self._history,
         }
-        self._engine = self._new_engine()
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        given = {"grad": history, "update": update_history}
+        self._histories = {w: History() if given[w] is None else given[w] for w in self.what}
+        self._states: dict[str, dict[Tensor, dict[str, Any]]] = {w: defaultdict(dict) for w in self.what}
+        self._ranks: Ranks | None = None
+        self._engines = {w: self._new_engine(w) for w in self.what}
+        self._step = max(history.next_step for history in self._histories.values())
+        self._prev_lr = (math.nan,) * len(optimizer.param_groups)
+        self._late = False
+        self._before: list[Tensor] | None = None  # the parameters before this step
+        self._buffers: list[list[Tensor]] = []  # two copies of the parameters, in turn
+        self._optimizer = optimizer
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
-    def _new_engine(self) -> Engine:
-        return Engine(states=list(self._states.values()), **self._options)
-
-    @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._engine.stale():
-            windows = self._engine.windows
-            self._engine = self._new_engine()
-            self._engine.windows = windows
-        grads = self._engine.gradients()
-        lr = tuple(float(group.get("lr", torch.nan)) for group in optimizer.param_groups)
-        nothing = [None] * len(grads)
-        self._engine.step(self._step, grads, nothing, [0] * len(grads), None, lr)
-        self._step += 1
+    # ---- what users read ---------------------------------------------------------------------------------
 
     @property
     def correlation(self) -> Tensor:
-        """Latest correlation mu of each layer: float64, shape (L,), on the parameters' device."""
-        return self._engine.correlation()
+        """Latest correlation mu of each layer's gradients: float64, shape (L,), on the parameters' device."""
+        return self._engine("grad").correlation()
 
     @property
     def correlation_stderr(self) -> Tensor:
         """Standard error of `correlation` with `sample` < 1, else 0: float64, shape (L,)."""
-        return self._engine.correlation_stderr()
+        return self._engine("grad").correlation_stderr()
 
     @property
     def global_correlation(self) -> Tensor:
         """Latest correlation of all layers together: float64, 0-dim, on the parameters' device."""
-        return self._engine.global_correlation()
+        return self._engine("grad").global_correlation()
+
+    @property
+    def update_correlation(self) -> Tensor:
+        """Latest correlation of each layer's updates: float64, shape (L,), on the parameters' device."""
+        return self._engine("update").correlation()
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """Names of the L layers."""
-        return self._engine.layer_names
+        return self._engines[self.what[0]].layer_names
 
     @property
     def history(self) -> History:
-        """The record so far."""
-        return self._history
+        """The record of the gradients so far."""
+        return self._engine("grad").history
+
+    @property
+    def update_history(self) -> History:
+        """The record of the updates: the same sums and measures, of x_{t+1} - x_t in place of g_t."""
+        return self._engine("update").history
 
     @property
     def backend(self) -> str:
         """Name of the backend in use."""
-        return self._engine.backend
+        return self._engines[self.what[0]].backend
 
-    def window(self, h: int = 5) -> Window:
-        """Keep the gradients of the next `h` steps; see :meth:`oscopt.OscGD.window`."""
-        return self._engine.open_window(h)
+    def window(self, h: int = 5, what: str = "grad") -> Window:
+        """Keep the gradients, or updates, of the next `h` steps; see :meth:`oscopt.OscGD.window`."""
+        return self._engine(what).open_window(h)
+
+    def _engine(self, what: str) -> Engine:
+        if what not in self._engines:
+            raise AttributeError(f"this monitor measures {self.what} only; make it with what={QUANTITIES}")
+        return self._engines[what]
+
+    # ---- measuring ---------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        for what, engine in self._engines.items():
+            if engine.stale(self._states[what]):
+                self._engines[what] = self._new_engine(what)
+                self._engines[what].windows = engine.windows
+                self._buffers = []
+        # What a closure computes, or the optimizer unscales itself, is to be seen only afterwards.
+        closure = kwargs.get("closure") or next(
+            (a for a in args if a is not optimizer and a is not None), None
+        )
+        self._late = closure is not None or getattr(optimizer, "grad_scale", None) is not None
+        if "grad" in self._engines and not self._late and not self._skipped(optimizer):
+            self._measure("grad", *self._engines["grad"].gradients())
+        if "update" in self._engines and self._engines["update"].wants(self._step):
+            params = self._engines["update"].values()
+            if not self._buffers:
+                self._buffers = [[torch.empty_like(p) for p in self._options["params"]] for _ in range(2)]
+            self._before = [bare(buffer) for buffer in self._buffers[0]]
+            torch._foreach_copy_(self._before, params)
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        change, self._before = self._before, None
+        if self._skipped(optimizer):
+            return
+        if "grad" in self._engines and self._late:
+            self._measure("grad", *self._engines["grad"].gradients())
+        if "update" in self._engines:
+            engine = self._engines["update"]
+            wholes: list[Tensor | None] = [None] * len(engine.slots)
+            grads = list(wholes)
+            if change is not None:
+                # x_t - x_{t+1}: both gradients of a pair have the other sign, the sums do not see it.
+                torch._foreach_sub_(change, engine.values())
+                for i, slot in enumerate(engine.slots):
+                    if slot.outer.grad is not None:
+                        wholes[i], grads[i] = self._buffers[0][i], change[i]
+                self._buffers.reverse()
+            self._measure("update", grads, wholes)
+        self._step += 1
+        self._prev_lr = self._lr()
+
+    def _measure(self, what: str, grads: list[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
+        nothing = [None] * len(grads)
+        engine = self._engines[what]
+        engine.history.cut(self._step)  # a step that failed halfway has left its row
+        rows = [0] * len(grads)
+        engine.step(self._step, grads, wholes, nothing, rows, None, self._lr(), self._prev_lr)
+
+    def _lr(self) -> tuple[float, ...]:
+        rates = (group.get("lr", math.nan) for group in self._optimizer.param_groups)
+        return tuple(
+            math.nan if isinstance(r, Tensor) and r.device.type != "cpu" else float(r) for r in rates
+        )
+
+    @staticmethod
+    def _skipped(optimizer: Optimizer) -> bool:
+        """Whether a GradScaler has found that this step is to be skipped, and left that to the optimizer."""
+        found = getattr(optimizer, "found_inf", None)
+        return found is not None and bool(found.item())
+
+    def _new_engine(self, what: str) -> Engine:
+        engine = Engine(
+            states=self._states[what], history=self._histories[what], ranks=self._ranks, **self._options
+        )
+        self._ranks = engine.ranks
+        return engine
+
+    # ---- checkpoints, and the end ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The previous gradients and the number of steps: tensors and plain values only."""
-        return {"step": self._step, "state": {name: dict(state) for name, state in self._states.items()}}
+        """The previous gradients and updates and the number of steps: tensors and plain values only."""
+        named = list(zip(self._options["names"], self._options["params"], strict=True))
+        states = {
+            key: {name: dict(self._states[what].get(p, {})) for name, p in named}
+            for what, key in (("grad", "state"), ("update", "update_state"))
+            if what in self._states
+        }
+        return {"step": self._step, "prev_lr": list(self._prev_lr), **states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Go on where `state_dict` was taken; the histories are cut back to that step.
 
         Raises:
             ValueError: it holds other parameters.
         """
-        if set(state_dict["state"]) != set(self._states):
-            different = sorted(set(state_dict["state"]) ^ set(self._states))
-            raise ValueError(f"the monitor's state is of other parameters, such as {different[0]!r}")
+        names = self._options["names"]
+        loaded = {what: state_dict.get(key) for what, key in (("grad", "state"), ("update", "update_state"))}
+        for states in loaded.values():
+            if states is not None and set(states) != set(names):
+                different = sorted(set(states) ^ set(names))
+                raise ValueError(f"the monitor's state is of other parameters, such as {different[0]!r}")
         self._step = state_dict["step"]
-        for name, state in self._states.items():
-            state.clear()
-            state.update(
-                {key: state_dict["state"][name][key] for key in _KEYS if key in state_dict["state"][name]}
-            )
-        self._engine = self._new_engine()
+        self._prev_lr = tuple(state_dict.get("prev_lr", self._prev_lr))
+        for what in self.what:
+            states = defaultdict(dict)
+            for name, p in zip(names, self._options["params"], strict=True):
+                state = (loaded[what] or {}).get(name, {})
+                if state:
+                    states[p].update({key: state[key] for key in _KEYS if key in state})
+            self._states[what] = states
+            self._histories[what].cut(self._step)
+            self._engines[what] = self._new_engine(what)
 
     def detach(self) -> None:
-        """Stop measuring and let go of the gradients."""
-        self._hook.remove()
-        for state in self._states.values():
-            state.clear()
+        """Stop measuring and let go of the gradients and updates; the histories stay."""
+        for hook in self._hooks:
+            hook.remove()
+        for states in self._states.values():
+            states.clear()
+        for engine in self._engines.values():
+            engine.let_go()
+        self._buffers = []
 
     def __enter__(self) -> OscMonitor:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+
+def _held(named_parameters: Iterable[tuple[str, Tensor]], group_of: dict[Tensor, int]) -> dict[str, Tensor]:
+    """Those of the parameters that the optimizer holds, by name."""
+    held: dict[str, Tensor] = {}
+    strange = []
+    for pair in named_parameters:
+        if isinstance(pair, Tensor) or not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(
+                "named_parameters must give (name, parameter) pairs: pass model.named_parameters()"
+            )
+        name, p = pair
+        if p in group_of:
+            held[name] = p
+        elif p.requires_grad:
+            strange.append(name)
+    if not held:
+        raise ValueError("the optimizer holds none of the named parameters; pass those that it updates")
+    if strange:
+        raise ValueError(
+            f"the optimizer does not hold parameter {strange[0]!r}"
+            f"{f' and {len(strange) - 1} more' if len(strange) > 1 else ''}; leave out what it "
+            "does not update"
+        )
+    return held
+
+
+def _monitors(optimizer: Optimizer) -> list[OscMonitor]:
+    """Those that are attached to it."""
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
+    return [owner for owner in owners if isinstance(owner, OscMonitor)]

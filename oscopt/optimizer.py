@@ -10,11 +10,23 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
+from torch.optim.sgd import sgd
 
+from .distributed import Ranks, bare
 from .engine import Engine
 from .history import History
 from .layers import Layers, assign
 from .window import Window
+
+_ADDED = {
+    "nesterov": False,
+    "maximize": False,
+    "foreach": None,
+    "differentiable": False,
+    "fused": None,
+    "prev_lr": math.nan,
+}
+"""What the groups of an older state may lack."""
 
 
 class OscGD(Optimizer):
@@ -32,6 +44,9 @@ class OscGD(Optimizer):
         params: parameters, `named_parameters()` (best: layers get their names), or dicts of groups.
         lr: learning rate eta; a float or a 1-element tensor.
         momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        foreach, fused: the update is one pass over all tensors either way. `fused=True` also takes unscaling
+            and skipping over from a ``torch.amp.GradScaler``, and waits for the device to know which.
+        differentiable: the update is made of torch's own operations, which autograd records.
         layers: which parameters make up a layer. "module": those that one module owns directly, named by its
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
             measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None.
@@ -46,8 +61,9 @@ class OscGD(Optimizer):
     Raises:
         ValueError: a hyperparameter is out of its range, `layers` loses a parameter, `backend` is unknown, or
             `history` belongs to other layers.
-        TypeError: a parameter is complex or not floating-point.
-        RuntimeError: `backend` cannot run on the parameters' device.
+        TypeError: a parameter is neither floating-point nor complex (a complex one is measured and updated as
+            its real and imaginary parts).
+        RuntimeError: `backend` cannot run on the parameters' device, or `fused` excludes another argument.
         NotImplementedError: `adapt` is used.
 
     Example:
@@ -71,6 +87,9 @@ class OscGD(Optimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         layers: Layers = "module",
         every: int = 1,
         sample: float = 1.0,
@@ -93,9 +112,19 @@ class OscGD(Optimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
-            "step": len(history) and int(history.steps[-1]) + 1 if history is not None else 0,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "step": history.next_step if history is not None else 0,
+            "prev_lr": math.nan,
         }
         _check(defaults)
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if fused:
+            self._step_supports_amp_scaling = True
         self._layers = layers
         self._assigned: dict[str, str | None] = {}  # parameter -> layer
         self._every = every
@@ -103,6 +132,7 @@ class OscGD(Optimizer):
         self._backend = backend
         self._history = History() if history is None else history
         self._engine: Engine | None = None
+        self._ranks: Ranks | None = None
         self._hyper: tuple[tuple[float, ...], ...] = ()
         super().__init__(params, defaults)
         self._assign_layers()
@@ -158,7 +188,7 @@ class OscGD(Optimizer):
 
     # ---- the step ----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch._disable_dynamo  # a compiled train step breaks here: kernels are called by address
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Measure and update.
 
@@ -166,39 +196,100 @@ class OscGD(Optimizer):
             closure: reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: a gradient is sparse. No parameter has been changed by then.
+            RuntimeError: a gradient is sparse, or the process group of sharded parameters is gone.
+            ValueError: a parameter has changed its shape or device since the last step.
+
+        No parameter has been changed by then. If a ``torch.amp.GradScaler`` leaves unscaling to this
+        optimizer (`fused=True`) and has found a gradient that is not finite, the step is skipped: no update,
+        no measurement, and the next one pairs with the last that was applied.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with torch.no_grad():
+            if self._unscale():
+                self._measure_and_update()
+        return loss
+
+    def _unscale(self) -> bool:
+        """Do what a GradScaler has left to do; False: this step is to be skipped."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found is not None and found.item():
+            return False
+        if scale is not None:
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        g = bare(p.grad)
+                        by_device.setdefault(g.device, []).append(g)
+            for device, grads in by_device.items():
+                torch._foreach_div_(grads, scale.to(device, non_blocking=True))
+        return True
+
+    def _measure_and_update(self) -> None:
         engine = self._ensure_engine()
-        grads = engine.gradients()
+        grads, wholes = engine.gradients()
         hyper = []
         for group in self.param_groups:
-            lr, momentum, damp = float(group["lr"]), float(group["momentum"]), float(group["dampening"])
-            decay, ahead = float(group["weight_decay"]), momentum if group["nesterov"] else 0.0
+            lr, momentum, damp = _number(group["lr"]), float(group["momentum"]), float(group["dampening"])
+            decay, ahead = _number(group["weight_decay"]), momentum if group["nesterov"] else 0.0
             sign = -1.0 if group["maximize"] else 1.0
             hyper.append((lr, momentum, 1.0 - damp, decay, ahead, sign))
             hyper.append((lr, 0.0, 1.0, decay, ahead, sign))  # a momentum buffer's first step
         if tuple(hyper) != self._hyper:
             self._hyper = tuple(hyper)
+        differentiable = any(group["differentiable"] for group in self.param_groups)
         bufs: list[Tensor | None] = [None] * len(grads)
         rows = [2 * slot.group for slot in engine.slots]
-        if any(row[1] for row in hyper):
+        if any(row[1] for row in hyper) and not differentiable:
             for i, slot in enumerate(engine.slots):
                 if grads[i] is not None and hyper[rows[i]][1]:
-                    bufs[i] = slot.state.get("momentum_buffer")
-                    if bufs[i] is None:
-                        bufs[i] = slot.state["momentum_buffer"] = torch.zeros_like(slot.param)
+                    state = engine.state(slot)
+                    buf = state.get("momentum_buffer")
+                    if buf is None:
+                        buf = state["momentum_buffer"] = torch.zeros_like(slot.outer)
                         rows[i] += 1
+                    bufs[i] = buf if slot.outer is slot.param else bare(buf)
         step = self.param_groups[0]["step"]
-        engine.step(step, grads, bufs, rows, self._hyper, tuple(row[0] for row in hyper[::2]))
-        # Kernels write through raw pointers: autograd must learn of it.
-        increment_version([slot.param for slot, g in zip(engine.slots, grads, strict=True) if g is not None])
-        for group in self.param_groups:
-            group["step"] = step + 1
-        return loss
+        rates = tuple(row[0] for row in hyper[::2])
+        if step == 0 and not any(rates) and _all_zero(grads):
+            # torch.distributed.checkpoint has an optimizer make its state by such a step. It is none.
+            engine.keep(grads, wholes, [i for i, g in enumerate(grads) if g is not None], copied=False)
+            return
+        before = tuple(group["prev_lr"] for group in self.param_groups)
+        update = None if differentiable else self._hyper
+        engine.step(step, grads, wholes, bufs, rows, update, rates, before)
+        if differentiable:
+            self._update_differentiably()
+        else:
+            # Kernels write through raw pointers: autograd must learn of it.
+            increment_version(
+                [slot.outer for slot, g in zip(engine.slots, grads, strict=True) if g is not None]
+            )
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            group["step"], group["prev_lr"] = step + 1, lr
+
+    def _update_differentiably(self) -> None:
+        """By torch's own operations, which autograd records."""
+        with torch.set_grad_enabled(True):
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.grad is not None]
+                bufs = [self.state[p].get("momentum_buffer") if group["momentum"] else None for p in params]
+                sgd(
+                    params,
+                    [p.grad for p in params],
+                    bufs,
+                    has_sparse_grad=False,
+                    foreach=False,
+                    fused=False,
+                    **{key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening")},
+                    **{key: group[key] for key in ("nesterov", "maximize")},
+                )
+                if group["momentum"]:
+                    for p, buf in zip(params, bufs, strict=True):
+                        self.state[p]["momentum_buffer"] = buf
 
     # ---- torch.optim's protocol --------------------------------------------------------------------------
 
@@ -206,22 +297,34 @@ class OscGD(Optimizer):
         """As ``torch.optim.Optimizer.add_param_group``; new layers are NaN in the history up to now."""
         super().add_param_group(param_group)
         try:
-            _check(self.param_groups[-1])
-            for p in self.param_groups[-1]["params"]:
-                if not p.is_floating_point():
-                    raise TypeError(f"OscGD needs real floating-point parameters, not {p.dtype}")
+            group = self.param_groups[-1]
+            group["step"] = self.param_groups[0]["step"]
+            _check(group)
+            for p in group["params"]:
+                if not (p.is_floating_point() or p.is_complex()):
+                    raise TypeError(f"OscGD needs floating-point or complex parameters, not {p.dtype}")
+                if group["fused"] and p.is_complex():
+                    raise RuntimeError(
+                        f"`fused=True` requires all the params to be floating point Tensors, not {p.dtype}"
+                    )
             if self._assigned:  # while the constructor adds its groups, the layers are not known yet
                 self._assign_layers()
         except BaseException:
             self.param_groups.pop()
             raise
         self._engine = None
+        if self._assigned:
+            self._ensure_engine()  # ranks that share parameters meet here, not where one of them reads
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.load_state_dict``; also takes the state of a ``torch.optim.SGD``."""
+        """As ``torch.optim.Optimizer.load_state_dict``; also takes the state of a ``torch.optim.SGD``.
+
+        The history is cut back to the state's step.
+        """
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            group.setdefault("step", 0)
+            group.setdefault("step", self._history.next_step)
+        self._history.cut(self.param_groups[0]["step"])
         self._engine = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,7 +336,12 @@ class OscGD(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._engine, self._hyper = None, ()
+        for group in self.param_groups:
+            for key, value in _ADDED.items():
+                group.setdefault(key, value)
+        if any(group["fused"] for group in self.param_groups):
+            self._step_supports_amp_scaling = True
+        self._engine, self._ranks, self._hyper = None, getattr(self, "_ranks", None), ()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-2]}\nbackend: {self.backend}, {len(self.layer_names)} layers\n)"
@@ -258,23 +366,32 @@ class OscGD(Optimizer):
 
     def _ensure_engine(self) -> Engine:
         """The engine of the parameters as they are now."""
-        if self._engine is None or self._engine.stale():
+        if self._engine is None or self._engine.stale(self.state):
             params = [p for group in self.param_groups for p in group["params"]]
             engine = Engine(
                 names=list(self._assigned),
                 params=params,
-                states=[self.state[p] for p in params],
+                states=self.state,
                 groups=[i for i, group in enumerate(self.param_groups) for _ in group["params"]],
                 layers=list(self._assigned.values()),
                 every=self._every,
                 sample=self._sample,
                 backend=self._backend,
                 history=self._history,
+                ranks=self._ranks,
             )
             if self._engine is not None:
                 engine.windows = self._engine.windows
-            self._engine = engine
+            self._engine, self._ranks = engine, engine.ranks
         return self._engine
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def _all_zero(grads: list[Tensor | None]) -> bool:
+    return not any(bool(g.any()) for g in grads if g is not None)
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -287,7 +404,7 @@ def _check(group: dict[str, Any]) -> None:
         ("momentum", "momentum value"),
         ("weight_decay", "weight_decay value"),
     ):
-        if not (group[name] >= 0.0 and math.isfinite(group[name])):
+        if not (group[name] >= 0.0 and math.isfinite(_number(group[name]))):
             raise ValueError(f"Invalid {text}: {group[name]}; it must be finite and not negative")
     if not math.isfinite(group["dampening"]):
         raise ValueError(f"Invalid dampening value: {group['dampening']}; it must be finite")

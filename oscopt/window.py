@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .distributed import Ranks
+
 
 class Window:
     """Keeps the gradients of the next h steps; its matrices are those of the paper's Figs. 2-5, right.
@@ -15,12 +17,21 @@ class Window:
     Holds h copies of the measured gradients until the last has come, then (h, h) sums of every layer only.
     """
 
-    def __init__(self, h: int, layer_names: Sequence[str], on_exit: Callable[[Window], None]) -> None:
+    def __init__(
+        self,
+        h: int,
+        layer_names: Sequence[str],
+        on_exit: Callable[[Window], None],
+        device: torch.device,
+        ranks: Ranks | None,
+    ) -> None:
         if h < 2:
             raise ValueError(f"Invalid h: {h}; a window needs at least 2 gradients")
         self.h = h
         self.layer_names = tuple(layer_names)
         self._on_exit = on_exit
+        self._device = device
+        self._ranks = ranks
         self._gradients: list[list[tuple[int, Tensor]]] = []  # per step: (layer, copy of a gradient)
         self._sums: np.ndarray | None = None
 
@@ -42,13 +53,16 @@ class Window:
         pairs = zip(layer_of, grads, strict=True)
         self._gradients.append([(layer, grad.detach().clone()) for layer, grad in pairs if layer >= 0])
         if len(self._gradients) == self.h:
-            self._sums = self._inner_products().cpu().numpy()
+            sums = self._inner_products()
+            if self._ranks is not None:
+                self._ranks.wait(self._ranks.reduce(sums))
+            self._sums = sums.cpu().numpy()
             self._gradients.clear()
             self._on_exit(self)
 
     def _inner_products(self) -> Tensor:
-        device = self._gradients[0][0][1].device if self._gradients[0] else torch.device("cpu")
-        sums = torch.zeros((len(self.layer_names), self.h, self.h), dtype=torch.float64, device=device)
+        shape = (len(self.layer_names), self.h, self.h)
+        sums = torch.zeros(shape, dtype=torch.float64, device=self._device)
         if any(
             [layer for layer, _ in step] != [layer for layer, _ in self._gradients[0]]
             for step in self._gradients
@@ -59,7 +73,7 @@ class Window:
             parts = [grad.reshape(-1).split(1 << 20) for _, grad in same_parameter]
             for part in zip(*parts, strict=True):
                 rows = torch.stack([p.double() for p in part])
-                sums[layer] += (rows @ rows.T).to(device)
+                sums[layer] += (rows @ rows.T).to(self._device)
         return sums
 
     def matrix(self, layer: str | None = None) -> np.ndarray:

@@ -9,16 +9,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, batch, gradients, small_net, train
+from helpers import BACKENDS, DEVICE, batch, exact_correlations, gradients, small_net, train
 from torch import nn
 
-from oscopt import History, OscGD, OscMonitor
-
-
-def exact_correlations(seen: list[list[torch.Tensor]], members: list[int]) -> list[float]:
-    """mu of a layer at each step but the first, in float64."""
-    joined = [torch.cat([step[i].flatten() for i in members]) for step in seen]
-    return [(b @ a / (a.norm() * b.norm())).item() for a, b in zip(joined, joined[1:], strict=False)]
+from oscopt import History, OscGD
 
 
 def recorded_run(backend: str, steps: int, set_to_none=True, **options):
@@ -314,49 +308,6 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         filled_history(5).save(path)
     assert len(History.load(path)) == 3 and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-def test_monitor_measures_and_changes_nothing(kind):
-    results = []
-    for monitored in (True, False):
-        net = small_net()
-        optimizer = kind(net.parameters(), lr=0.01)
-        seen = []
-        if monitored:
-            monitor = OscMonitor(optimizer, net.named_parameters())
-            optimizer.register_step_pre_hook(lambda *_, n=net, s=seen: s.append(gradients(n)))
-        train(net, optimizer, 5)
-        results.append([p.detach().clone() for p in net.parameters()])
-        if monitored:
-            wanted = exact_correlations(seen, [4, 5])
-            np.testing.assert_allclose(monitor.history.correlation()[1:, 2], wanted, atol=2e-6)
-            assert monitor.history.lr[0].tolist() == [0.01] * 3 and monitor.backend in ("numba", "triton")
-            monitor.detach()
-            train(net, optimizer, 2)
-            assert len(monitor.history) == 5
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_monitor_is_restored():
-    net = small_net()
-    optimizer = torch.optim.Adam(net.parameters())
-    monitor = OscMonitor(optimizer, net.named_parameters())
-    train(net, optimizer, 3)
-    state = monitor.state_dict()
-    monitor.detach()
-    history = History.from_state_dict(monitor.history.state_dict())
-    second = OscMonitor(optimizer, net.named_parameters(), history=history)
-    second.load_state_dict(state)
-    train(net, optimizer, 1)
-    assert second.history.steps.tolist() == [0, 1, 2, 3]
-    assert not np.isnan(second.history.correlation()[3]).any()
-
-
-def test_monitor_of_other_parameters():
-    optimizer = torch.optim.SGD(small_net().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="holds none of the named parameters"):
-        OscMonitor(optimizer, small_net().named_parameters())
 
 
 def run_python(code: str) -> str:

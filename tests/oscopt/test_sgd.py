@@ -326,8 +326,8 @@ def test_bad_arguments_of_other_kinds():
         OscGD(net.parameters(), history=[])
     with pytest.raises(ValueError, match="empty parameter list"):
         OscGD([])
-    with pytest.raises(TypeError, match="real floating-point parameters, not torch.complex64"):
-        OscGD([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+    with pytest.raises(TypeError, match="floating-point or complex parameters, not torch.int64"):
+        OscGD([nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)])
     with pytest.raises(ValueError, match="history holds layers"):
         other = OscGD(small_net().named_parameters())
         OscGD(net.parameters(), history=other.history)
@@ -369,7 +369,7 @@ def test_add_bad_param_group_changes_nothing():
     for bad in (
         {"params": [("b.weight", net[4].weight)], "lr": -1.0},
         {"params": [("a.weight", net[4].weight)]},
-        {"params": [("c", nn.Parameter(torch.zeros(1, dtype=torch.complex64)))]},
+        {"params": [("c", nn.Parameter(torch.zeros(1, dtype=torch.int32), requires_grad=False))]},
     ):
         with pytest.raises((ValueError, TypeError)):
             optimizer.add_param_group(bad)

@@ -51,3 +51,9 @@ def train(net: nn.Module, optimizer, steps: int, *, set_to_none: bool = True, da
 def gradients(net: nn.Module) -> list[torch.Tensor]:
     """Copies of the parameters' gradients, in float64."""
     return [p.grad.detach().double().clone() for p in net.parameters()]
+
+
+def exact_correlations(seen: list[list[torch.Tensor]], members: list[int]) -> list[float]:
+    """mu of a layer at each step but the first, in float64."""
+    joined = [torch.cat([step[i].flatten() for i in members]) for step in seen]
+    return [(b @ a / (a.norm() * b.norm())).item() for a, b in zip(joined, joined[1:], strict=False)]

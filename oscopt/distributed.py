@@ -1,0 +1,156 @@
+"""Parameters that are spread over processes: who measures what, and how the sums come together.
+
+Each rank holds a piece of a DTensor; where a mesh dimension replicates, several hold the same piece. The
+lowest of them measures it, so that each element counts once, and one all-reduce of the sums of all layers,
+a few numbers each, gives every rank the whole. Plain tensors are whole on every rank: under
+``DistributedDataParallel`` every rank has the same gradient of them, and nothing needs to be reduced.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a ``torch.distributed.tensor.DTensor``; does not import that, as it takes its time."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """The real tensor in this process's memory behind a DTensor or a complex tensor; else itself."""
+    if is_dtensor(tensor):
+        tensor = tensor._local_tensor  # to_local() makes a new object each time
+        if hasattr(tensor, "wait"):  # an AsyncCollectiveTensor
+            tensor = tensor.wait()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+class Ranks:
+    """The processes that hold parts of some parameters, and which part this one measures.
+
+    Making one is a collective operation of all of them.
+
+    Args:
+        names, params, layers: the parameters' names, tensors and layers.
+        settings: what else all ranks must have alike, by name.
+
+    Attributes:
+        counted: for every parameter, whether this rank measures its piece of it.
+
+    Raises:
+        ValueError: on every rank, if the ranks differ in names, layers or settings.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        layers: Sequence[str | None],
+        settings: dict[str, Any],
+    ) -> None:
+        import torch.distributed as dist
+
+        self.description = describe(names, params, layers, settings)
+        mesh = max((p.device_mesh for p in params if is_dtensor(p)), key=lambda mesh: mesh.size())
+        if mesh.size() == dist.get_world_size():
+            self._group = dist.group.WORLD
+        elif mesh.ndim == 1:
+            self._group = mesh.get_group()
+        else:
+            self._group = dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
+        self.rank = dist.get_rank(self._group)
+        self.size = dist.get_world_size(self._group)
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, self.description, self._group)
+        for rank, other in enumerate(everyone):
+            _compare(everyone[0], other, rank)
+        self.counted = [
+            min(rank for rank, other in enumerate(everyone) if other["pieces"][i] == piece) == self.rank
+            for i, piece in enumerate(self.description["pieces"])
+        ]
+
+    def check(self) -> None:
+        """Raise if the process group is gone.
+
+        Raises:
+            RuntimeError: it is.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: the process group of the sharded parameters is gone "
+                "(destroy_process_group() was called); step before that, or build model and optimizer anew"
+            )
+
+    def reduce(self, sums: Tensor) -> Any:
+        """Start summing `sums` over the ranks, in place; what is returned waits for it, in ``wait``."""
+        import torch.distributed as dist
+
+        return dist.all_reduce(sums, group=self._group, async_op=True)
+
+    def wait(self, work: Any) -> None:
+        """Wait for what :meth:`reduce` started; on a GPU only the stream does.
+
+        Raises:
+            RuntimeError: another rank is gone.
+        """
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: the sums of the layers could not be added up, as another "
+                f"rank has stopped or is stuck ({error})"
+            ) from error
+
+
+def describe(
+    names: Sequence[str], params: Sequence[Tensor], layers: Sequence[str | None], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What the ranks tell each other."""
+    return {
+        "names": list(names),
+        "layers": list(layers),
+        "settings": settings,
+        "pieces": [_piece(p) for p in params],
+    }
+
+
+def _piece(param: Tensor) -> tuple[int | None, ...]:
+    """Which piece of a parameter this rank holds: its place along the mesh dimensions that shard it."""
+    if not is_dtensor(param):
+        return ()
+    places = param.device_mesh.get_coordinate() or ()
+    pairs = zip(places, param.placements, strict=True)
+    return tuple(None if placement.is_replicate() else place for place, placement in pairs)
+
+
+def _compare(first: dict[str, Any], other: dict[str, Any], rank: int) -> None:
+    for name, value in first["settings"].items():
+        if other["settings"][name] != value:
+            raise ValueError(
+                f"the ranks disagree: {name} is {value!r} on rank 0 and {other['settings'][name]!r} on rank "
+                f"{rank}; give all the same"
+            )
+    if len(first["names"]) != len(other["names"]):
+        raise ValueError(
+            f"the ranks disagree: rank 0 has {len(first['names'])} parameters and rank {rank} has "
+            f"{len(other['names'])}; give all the same"
+        )
+    for i, name in enumerate(first["names"]):
+        if other["names"][i] != name:
+            raise ValueError(
+                f"the ranks disagree: parameter {i} is {name!r} on rank 0 and {other['names'][i]!r} on rank "
+                f"{rank}; give all the same, in the same order"
+            )
+        if other["layers"][i] != first["layers"][i]:
+            raise ValueError(
+                f"the ranks disagree on the layers: {name!r} is in {first['layers'][i]!r} on rank 0 and in "
+                f"{other['layers'][i]!r} on rank {rank}; pass the same layers on every rank"
+            )

@@ -1,0 +1,82 @@
+"""A callback for the Hugging Face ``Trainer``: measures its optimizer. Needs transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError("oscopt.huggingface needs transformers: pip install transformers accelerate") from error
+
+import numpy as np
+
+from .history import History
+from .monitor import OscMonitor
+from .optimizer import OscGD
+
+
+class OscTrainerCallback(TrainerCallback):
+    """Measures the optimizer of a ``Trainer``; each log entry gets the mean correlation since the last.
+
+    The entry is the one in `trainer.state.log_history`. Reporters that were there before this callback have
+    seen it already: give them the numbers by `log`.
+
+    Args:
+        log: called with the numbers by name, for example ``wandb.log``.
+        prefix: of the names.
+        log_layers: whether single layers are logged, too.
+        options: of the :class:`oscopt.OscMonitor`: `what`, `layers`, `every`, `sample`, ... An
+            :class:`oscopt.OscGD` measures itself.
+
+    Attributes:
+        meter: the OscMonitor or OscGD, None before training; its `history` stays after it.
+    """
+
+    def __init__(
+        self,
+        log: Callable[[dict[str, float]], Any] | None = None,
+        prefix: str = "oscopt",
+        log_layers: bool = False,
+        **options: Any,
+    ) -> None:
+        self.meter: OscGD | OscMonitor | None = None
+        self._log, self._prefix, self._log_layers, self._options = log, prefix, log_layers, options
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        while not isinstance(optimizer, OscGD) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer  # from inside accelerate's wrapper
+        if isinstance(optimizer, OscGD):
+            self.meter = optimizer
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = [(name, p) for name, p in model.named_parameters() if id(p) in held]
+        self.meter = OscMonitor(optimizer, named, **self._options)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.meter is None or logs is None:
+            return
+        values: dict[str, float] = {}
+        if isinstance(self.meter, OscGD) or "grad" in self.meter.what:
+            values |= self._means(self.meter.history, self._prefix)
+        if isinstance(self.meter, OscMonitor) and "update" in self.meter.what:
+            values |= self._means(self.meter.update_history, f"{self._prefix}_update")
+        if values:
+            logs.update(values)
+            state.log_history[-1].update(values)
+            if self._log is not None:
+                self._log(values)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if isinstance(self.meter, OscMonitor):
+            self.meter.detach()
+
+    def _means(self, history: History, prefix: str) -> dict[str, float]:
+        new = history.drain()
+        columns = {f"{prefix}/correlation": new.global_correlation()}
+        if self._log_layers:
+            columns |= {
+                f"{prefix}/correlation/{n}": new.correlation()[:, i] for i, n in enumerate(new.layer_names)
+            }
+        return {name: float(np.nanmean(v)) for name, v in columns.items() if np.isfinite(v).any()}

@@ -1,0 +1,100 @@
+"""A callback for Lightning: measures its optimizers and logs what they measure. Needs lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    import lightning.pytorch as pl
+except ImportError:  # the same under its older name
+    try:
+        import pytorch_lightning as pl
+    except ImportError as error:
+        raise ImportError("oscopt.lightning needs Lightning: pip install lightning") from error
+
+from .history import History
+from .loggers import new_scalars
+from .monitor import OscMonitor
+from .optimizer import OscGD
+
+
+class OscCallback(pl.Callback):
+    """Measures every optimizer of a ``Trainer`` and logs to all its loggers, every `log_every_n_steps` steps.
+
+    An :class:`oscopt.OscGD` measures itself; others get an :class:`oscopt.OscMonitor` for the time of `fit`.
+    Checkpoints hold what the monitors need to go on, and their records; an OscGD's history is yours to keep.
+
+    Args:
+        prefix: of the logged names, with the optimizer's number behind it if there are several.
+        log_layers: whether single layers are logged, too.
+        options: of the monitors: `what`, `layers`, `every`, `sample`, ...
+
+    Attributes:
+        meters: an OscGD or OscMonitor for each optimizer; their `history` stays after `fit`.
+    """
+
+    def __init__(self, prefix: str = "oscopt", log_layers: bool = True, **options: Any) -> None:
+        self.meters: list[OscGD | OscMonitor] = []
+        self._prefix, self._log_layers, self._options = prefix, log_layers, options
+        self._restored: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.meters = []
+        for i, optimizer in enumerate(trainer.optimizers):
+            if isinstance(optimizer, OscGD):
+                self.meters.append(optimizer)
+                continue
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            named = [(name, p) for name, p in pl_module.named_parameters() if id(p) in held]
+            state = self._restored[i] if i < len(self._restored) else {}
+            histories = {
+                key: History.from_state_dict(value) for key, value in state.items() if key != "monitor"
+            }
+            monitor = OscMonitor(optimizer, named, **self._options, **histories)
+            if state:
+                monitor.load_state_dict(state["monitor"])
+            self.meters.append(monitor)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._log(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log(trainer)
+        self._let_go()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: Any) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for meter in self.meters:
+            if isinstance(meter, OscMonitor):
+                meter.detach()
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        for i, meter in enumerate(self.meters):
+            for key, history in _histories(meter).items():
+                number = str(i) if len(self.meters) > 1 else ""
+                prefix = self._prefix + number + ("_update" if key == "update_history" else "")
+                for step, values in new_scalars(history, prefix, self._log_layers):
+                    for logger in trainer.loggers:
+                        logger.log_metrics(values, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        states: list[dict[str, Any]] = []
+        for meter in self.meters:
+            histories = {key: history.state_dict() for key, history in _histories(meter).items()}
+            monitor = meter.state_dict() if isinstance(meter, OscMonitor) else None
+            states.append({"monitor": monitor, **histories})
+        return {"meters": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict["meters"]
+
+
+def _histories(meter: OscGD | OscMonitor) -> dict[str, History]:
+    """What a meter records, by the name of the attribute."""
+    if isinstance(meter, OscGD):
+        return {"history": meter.history}
+    names = {"grad": "history", "update": "update_history"}
+    return {names[what]: getattr(meter, names[what]) for what in meter.what}

@@ -1,0 +1,59 @@
+"""Live logging: what is new in a record, as named numbers, to TensorBoard, Weights & Biases or anything else.
+
+Call a function every now and then, say every hundred steps: it waits for the device, steps do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .history import History
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def new_scalars(
+    history: History, prefix: str = "oscopt", layers: bool = True
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """For each step since the last call its number, and its correlations by name.
+
+    Args:
+        history: an optimizer's or a monitor's; it is drained.
+        prefix: of the names: `prefix/correlation` for all layers together, `prefix/correlation/LAYER`.
+        layers: whether the single layers are wanted.
+
+    What is NaN is left out, a step with nothing else too.
+    """
+    new = history.drain()
+    everything, single = new.global_correlation(), new.correlation()
+    for row, step in enumerate(new.steps):
+        values = {f"{prefix}/correlation": float(everything[row])}
+        if layers:
+            values |= {
+                f"{prefix}/correlation/{n}": float(single[row, i]) for i, n in enumerate(new.layer_names)
+            }
+        if values := {name: value for name, value in values.items() if not math.isnan(value)}:
+            yield int(step), values
+
+
+def log_to_tensorboard(
+    writer: SummaryWriter, history: History, prefix: str = "oscopt", layers: bool = True
+) -> None:
+    """Add what is new to a ``torch.utils.tensorboard.SummaryWriter``; see :func:`new_scalars`."""
+    for step, values in new_scalars(history, prefix, layers):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+
+def log_to_wandb(run: Any, history: History, prefix: str = "oscopt", layers: bool = True) -> None:
+    """Log what is new to a run of Weights & Biases (what ``wandb.init`` returns); see :func:`new_scalars`.
+
+    Drawn over `prefix/step`, the optimizer's own count: the run's steps may have gone on meanwhile.
+    """
+    run.define_metric(f"{prefix}/step", hidden=True)
+    run.define_metric(f"{prefix}/*", step_metric=f"{prefix}/step")
+    for step, values in new_scalars(history, prefix, layers):
+        run.log(values | {f"{prefix}/step": step})

@@ -1,0 +1,283 @@
+"""OscMonitor: measures the gradients and updates of any optimizer, and changes nothing."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from helpers import DEVICE, batch, exact_correlations, gradients, small_net, train
+from torch import nn
+
+from oscopt import History, OscGD, OscMonitor
+
+OPTIMIZERS = {
+    "sgd": lambda net: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01),
+    "fused sgd": lambda net: torch.optim.SGD(net.parameters(), lr=0.01, fused=True),
+    "adam": lambda net: torch.optim.Adam(net.parameters(), lr=0.01),
+    "adamw": lambda net: torch.optim.AdamW(net.parameters(), lr=0.01, foreach=True),
+    "rmsprop": lambda net: torch.optim.RMSprop(net.parameters(), lr=0.001),
+    "oscgd": lambda net: OscGD(net.named_parameters(), lr=0.01),
+}
+
+
+def weights(net: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def updates(positions: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    """What each step has added, in float64."""
+    return [
+        [(b - a).double() for a, b in zip(before, after, strict=True)]
+        for before, after in zip(positions, positions[1:], strict=False)
+    ]
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_measures_both_and_changes_nothing(kind, set_to_none):
+    results = []
+    for monitored in (True, False):
+        net = small_net()
+        optimizer = OPTIMIZERS[kind](net)
+        seen, positions = [], [weights(net)]
+        if monitored:
+            monitor = OscMonitor(optimizer, net.named_parameters(), what=("grad", "update"))
+        optimizer.register_step_pre_hook(lambda *_, n=net, s=seen: s.append(gradients(n)))
+        optimizer.register_step_post_hook(lambda *_, n=net, s=positions: s.append(weights(n)))
+        train(net, optimizer, 5, set_to_none=set_to_none)
+        results.append(positions)
+    assert all(torch.equal(a, b) for x, y in zip(*results, strict=True) for a, b in zip(x, y, strict=True))
+    first = 1 if set_to_none else 2
+    for layer, members in enumerate(([0, 1], [2, 3], [4, 5])):
+        wanted = exact_correlations(seen, members)
+        np.testing.assert_allclose(
+            monitor.history.correlation()[first:, layer], wanted[first - 1 :], atol=2e-6
+        )
+        wanted = exact_correlations(updates(positions), members)
+        got = monitor.update_history.correlation()
+        np.testing.assert_allclose(got[1:, layer], wanted, atol=2e-6)
+        sizes = [sum((s[i] ** 2).sum().item() for i in members) for s in updates(positions)]
+        np.testing.assert_allclose(monitor.update_history.sq_norm[:, layer], sizes, rtol=1e-6)
+    np.testing.assert_array_equal(monitor.update_correlation.cpu(), got[-1])
+    np.testing.assert_array_equal(monitor.correlation.cpu(), monitor.history.correlation()[-1])
+    assert monitor.history.steps.tolist() == monitor.update_history.steps.tolist() == list(range(5))
+    assert monitor.history.lr[0, 0] == optimizer.param_groups[0]["lr"] and monitor.layer_names == (
+        "0",
+        "1",
+        "4",
+    )
+
+
+@pytest.mark.parametrize("sample", [1.0, 0.3])
+def test_every(sample):
+    net = small_net()
+    optimizer = torch.optim.Adam(net.parameters())
+    monitor = OscMonitor(optimizer, net.named_parameters(), ("grad", "update"), every=3, sample=sample)
+    positions = [weights(net)]
+    optimizer.register_step_post_hook(lambda *_: positions.append(weights(net)))
+    train(net, optimizer, 10)
+    wanted = exact_correlations(updates(positions), [4, 5])
+    history = monitor.update_history
+    assert history.steps.tolist() == [2, 5, 8] == monitor.history.steps.tolist()
+    np.testing.assert_allclose(history.correlation()[:, 2], [wanted[t - 1] for t in (2, 5, 8)], atol=2e-6)
+
+
+def test_plain_descent_moves_along_the_gradient():
+    """For x_{t+1} = x_t - eta g_t the two correlations agree up to the rounding of x."""
+    net = small_net().double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    monitor = OscMonitor(optimizer, net.named_parameters(), ("grad", "update"))
+    train(net, optimizer, 6, data=batch(dtype=torch.float64))
+    np.testing.assert_allclose(
+        monitor.update_history.correlation(), monitor.history.correlation(), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_detach_leaves_no_trace():
+    net = small_net()
+    optimizer = torch.optim.Adam(net.parameters())
+    train(net, optimizer, 1)
+    before = {key: str(value) for key, value in vars(optimizer).items() if "hook" in key}
+    state_keys = {k for s in optimizer.state.values() for k in s}
+    with OscMonitor(optimizer, net.named_parameters(), ("grad", "update")) as monitor:
+        train(net, optimizer, 3)
+        kept = weakref.ref(monitor._buffers[0][0])
+    assert {key: str(value) for key, value in vars(optimizer).items() if "hook" in key} == before
+    assert {k for s in optimizer.state.values() for k in s} == state_keys
+    history = monitor.history
+    train(net, optimizer, 2)
+    assert history.steps.tolist() == [0, 1, 2] and len(monitor.update_history) == 3
+    held = weakref.ref(net[4].weight.grad)
+    optimizer.zero_grad()
+    gc.collect()
+    assert kept() is None and held() is None
+    monitor.detach()
+    OscMonitor(optimizer, net.named_parameters(), history=history)
+    train(net, optimizer, 1)
+    assert history.steps.tolist() == [0, 1, 2, 3]
+
+
+def test_restored():
+    net = small_net()
+    optimizer = torch.optim.Adam(net.parameters())
+    monitor = OscMonitor(optimizer, net.named_parameters(), ("grad", "update"))
+    train(net, optimizer, 3)
+    state = monitor.state_dict()
+    histories = [History.from_state_dict(h.state_dict()) for h in (monitor.history, monitor.update_history)]
+    train(net, optimizer, 2)
+    wanted = monitor.history.prev_lr
+    monitor.detach()
+    second = OscMonitor(
+        optimizer,
+        net.named_parameters(),
+        ("grad", "update"),
+        history=histories[0],
+        update_history=histories[1],
+    )
+    second.load_state_dict(state)
+    train(net, optimizer, 2)
+    for history in (second.history, second.update_history):
+        assert history.steps.tolist() == [0, 1, 2, 3, 4]
+        assert not np.isnan(history.correlation()[1:]).any()
+        np.testing.assert_array_equal(history.prev_lr, wanted)
+    with pytest.raises(ValueError, match="state is of other parameters, such as '0.bias'"):
+        OscMonitor(torch.optim.SGD([net[4].weight], lr=0.1), [("w", net[4].weight)]).load_state_dict(state)
+
+
+def test_closures_are_measured_with_the_gradient_that_they_compute():
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    monitor = OscMonitor(optimizer, net.named_parameters())
+    x, y = batch()
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        seen.append(gradients(net))
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    np.testing.assert_allclose(
+        monitor.history.correlation()[1:, 2], exact_correlations(seen, [4, 5]), atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["sgd", "fused sgd"])
+def test_grad_scaler(kind):
+    """Scaled or not, by the scaler or by the optimizer: the same numbers, and a skipped step is none."""
+    results = []
+    for scaled in (True, False):
+        net = small_net()
+        optimizer = OPTIMIZERS[kind](net)
+        monitor = OscMonitor(optimizer, net.named_parameters(), ("grad", "update"))
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, enabled=scaled)
+        x, y = batch()
+        for t in range(5):
+            if t == 2 and not scaled:
+                continue
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(net(x), y)).backward()
+            if t == 2:
+                net[0].weight.grad[0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(monitor)
+    for name in ("history", "update_history"):
+        ours, wanted = (getattr(monitor, name) for monitor in results)
+        assert ours.steps.tolist() == [0, 1, 2, 3]
+        np.testing.assert_allclose(ours.correlation(), wanted.correlation(), atol=1e-5)
+        np.testing.assert_allclose(ours.sq_norm, wanted.sq_norm, rtol=1e-4)
+
+
+def test_step_that_fails_is_none():
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    monitor = OscMonitor(optimizer, net.named_parameters())
+    train(net, optimizer, 2)
+    optimizer.param_groups[0]["lr"] = "a lot"
+    with pytest.raises((TypeError, RuntimeError, ValueError)):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.01
+    train(net, optimizer, 2)
+    assert monitor.history.steps.tolist() == [0, 1, 2, 3]
+
+
+def test_missing_gradients_and_windows():
+    net = small_net()
+    optimizer = torch.optim.Adam(net.parameters())
+    monitor = OscMonitor(optimizer, net.named_parameters(), ("grad", "update"))
+    with monitor.window(3, "update") as window:
+        for t in range(6):
+            optimizer.zero_grad()
+            x, y = batch()
+            nn.functional.cross_entropy(net(x), y).backward()
+            if t == 4:
+                net[4].bias.grad = None
+            optimizer.step()
+    lost = np.isnan(monitor.update_history.correlation())
+    assert lost[:, 2].tolist() == [True, False, False, False, True, True] and lost[1:, :2].sum() == 0
+    adjacent = [window.matrix()[i, i + 1] for i in range(2)]
+    np.testing.assert_allclose(adjacent, monitor.update_history.global_correlation()[1:3], atol=1e-12)
+
+
+def test_frozen_parameters_are_left_out():
+    net = small_net()
+    net[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    assert OscMonitor(optimizer, net.named_parameters()).layer_names == ("1", "4")
+
+
+def test_bad_input():
+    net = small_net()
+    named = dict(net.named_parameters())
+    optimizer = torch.optim.SGD([named["4.weight"], named["4.bias"]], lr=0.1)
+    with pytest.raises(ValueError, match="holds none of the named parameters"):
+        OscMonitor(optimizer, small_net().named_parameters())
+    with pytest.raises(ValueError, match="does not hold parameter '0.weight' and 3 more"):
+        OscMonitor(optimizer, net.named_parameters())
+    with pytest.raises(TypeError, match="pass model.named_parameters"):
+        OscMonitor(optimizer, net.parameters())
+    with pytest.raises(ValueError, match="Invalid what: 'loss'; use 'grad'"):
+        OscMonitor(optimizer, net[4].named_parameters(), "loss")
+    with pytest.raises(ValueError, match="Invalid every: 0"):
+        OscMonitor(optimizer, net[4].named_parameters(), every=0)
+    with pytest.raises(ValueError, match="Invalid sample: 2"):
+        OscMonitor(optimizer, net[4].named_parameters(), sample=2)
+    monitor = OscMonitor(optimizer, net[4].named_parameters())
+    with pytest.raises(ValueError, match="has a monitor of parameter 'weight' already"):
+        OscMonitor(optimizer, net[4].named_parameters(), ("grad", "update"))
+    with pytest.raises(AttributeError, match=r"measures \('grad',\) only"):
+        monitor.update_history  # noqa: B018
+    OscMonitor(optimizer, net[4].named_parameters(), "update")
+    monitor.detach()
+    OscMonitor(optimizer, net[4].named_parameters(), "grad")
+
+
+@pytest.mark.parametrize("kind", ["oscgd", "monitor", "updates"])
+@pytest.mark.parametrize("change", ["shape", "same memory", pytest.param("device", marks=pytest.mark.gpu)])
+def test_parameter_that_changes_between_steps(kind, change):
+    """The error names it, and comes before anything is changed."""
+    a, b = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2))
+    named = [("a.w", a), ("b.w", b)]
+    if kind == "oscgd":
+        optimizer = OscGD(named, lr=0.1)
+    else:
+        optimizer = torch.optim.SGD([a, b], lr=0.1)
+        OscMonitor(optimizer, named, "grad" if kind == "monitor" else "update")
+    for _ in range(2):
+        a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+        optimizer.step()
+    a.grad = None
+    a.data = {"shape": torch.ones(5, 3), "same memory": a.data[:2]}.get(change, a.data.to(DEVICE))
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    before = b.detach().clone()
+    wanted = {"device": "device from cpu to cuda"}.get(change, r"shape from \(4, 3\) to")
+    with pytest.raises(ValueError, match=f"parameter 'a.w' has changed its {wanted}"):
+        optimizer.step()
+    assert torch.equal(b, before)

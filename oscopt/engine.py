@@ -48,6 +48,8 @@ class Slot:
     home: int  # the layer, also where another rank measures this piece; -1: none
     group: int  # of hyperparameters
     address: int
+    device: torch.device
+    dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
     dense: bool
@@ -105,6 +107,8 @@ class Engine:
                     home=home,
                     group=groups[i],
                     address=local.data_ptr(),
+                    device=local.device,
+                    dtype=local.dtype,
                     shape=local.shape,
                     stride=local.stride(),
                     dense=kernels.dense(local),
@@ -127,6 +131,8 @@ class Engine:
         history.add_layers(self.layer_names)
         self.device = next(iter(devices), torch.device("cpu"))
         """Where the record gathers: the device of the first parameter."""
+        self.fits = True
+        """Whether the last gradients lay where the parameters lie, and in their order."""
         self._last_row: Tensor | None = None
         self._plans: dict[tuple, list[tuple[list[int] | None, kernels.Plan]]] = {}
         for slot in self.slots:
@@ -137,6 +143,11 @@ class Engine:
         ]
         self._rates: dict[tuple[float, ...], np.ndarray] = {}
         self.windows: list[Window] = []
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has been measured yet."""
+        return self._last_row is None
 
     def stale(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether a new engine is needed: a parameter has moved (to another device, dtype, layout), or its
@@ -227,6 +238,7 @@ class Engine:
         if not self._plain:
             wholes = [_placed(slot, g) for slot, g in zip(self.slots, grads, strict=True)]
             grads = [None if g is None else bare(g) for g in wholes]
+        self.fits = True
         for i, (slot, g) in enumerate(zip(self.slots, grads, strict=True)):
             if g is None:
                 continue
@@ -239,8 +251,10 @@ class Engine:
                 raise ValueError(_changed(slot, "shape", tuple(slot.shape), tuple(g.shape)))
             if g.requires_grad:
                 g = grads[i] = g.detach()
-            if g.stride() != slot.stride:
-                grads[i] = _like(slot, g)
+            if g.device != slot.device:
+                self.fits = False
+            elif g.stride() != slot.stride:
+                grads[i], self.fits = _like(slot, g), False
         return grads, wholes
 
     def step(
@@ -272,7 +286,7 @@ class Engine:
             sums = torch.zeros((10, len(self.layer_names)), dtype=torch.float64, device=self.device)
         elif self._drawn is None and measured:
             prevs, copies, lost = self._pairs(grads, wholes, present)
-            sums = row.zero_()[:4]
+            sums = row[:4]  # zeros until now
         if prevs is not None or hyper is not None:
             for n, (index, plan) in enumerate(self._plan(present, grads)):
                 out = sums
@@ -388,13 +402,13 @@ class Engine:
 
     def _plan(self, present, grads) -> list[tuple[list[int] | None, kernels.Plan]]:
         """For each device, its slots (None: all) and its plan."""
-        odd = [i for i in present if grads[i].dtype != self.slots[i].param.dtype]
+        odd = [(i, grads[i].dtype) for i in present if grads[i].dtype != self.slots[i].dtype]
         everything = len(present) == len(self.slots)
         key = (None if everything else tuple(present), tuple(odd))
         if key not in self._plans:
             by_device: dict[torch.device, list[int]] = {}
             for i in present:
-                by_device.setdefault(self.slots[i].param.device, []).append(i)
+                by_device.setdefault(self.slots[i].device, []).append(i)
             if len(self._plans) == _PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = [

@@ -11,6 +11,7 @@ version = next(
 )
 cpu = ["numba>=0.61"]
 bench = ["torchvision>=0.26", "matplotlib>=3.9", "rich>=13", "mlxtend>=0.23"]
+bench += ["scikit-learn>=1.4", "scipy>=1.12"]
 
 setup(
     name="oscopt",

@@ -40,6 +40,7 @@ def parser() -> Parser:
     p.add_argument("--only", metavar="IDS", help=f"experiments, by commas (default: all): {', '.join(TABLE)}")
     p.add_argument("--preset", choices=("small", "paper"), help="default: paper with a GPU, else small")
     p.add_argument("--seeds", type=integers, default=[0], metavar="0,1,...", help="default: 0")
+    p.add_argument("--epochs", type=positive(int), metavar="N", help="of each run, to try things out")
     p.add_argument("--jobs", type=positive(int), default=1, metavar="N", help="runs at a time (default: 1)")
     p.add_argument("--threads", type=positive(int), help="of each run (default: the cores over --jobs)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -103,12 +104,13 @@ class Job:
             "--seed",
             str(self.config.seed),
         ]
+        words += ["--epochs", str(self.config.epochs)] if options.epochs else []
         words += ["--device", self.config.device, "--threads", str(self.config.threads)]
         return [*words, "--overwrite"] if options.overwrite else words
 
 
 def plan(options: argparse.Namespace, preset: str, device: str, out: Path) -> tuple[list[Row], dict]:
-    """The rows that are asked for, and the jobs by (id of the run's row, seed), those compared with included."""
+    """The rows asked for; the jobs by (row of the run, seed), those that they are compared with included."""
     rows = check_experiments(options.only.split(",")) if options.only else list(TABLE.values())
     rows = sorted(set(rows), key=list(TABLE.values()).index)
     needed = [run_of(row, preset) for row in rows]
@@ -118,6 +120,7 @@ def plan(options: argparse.Namespace, preset: str, device: str, out: Path) -> tu
     for seed in options.seeds:
         for row in sorted(set(needed), key=list(TABLE.values()).index):
             config = row.config(preset, seed=seed, device=device, threads=threads)
+            config = config if options.epochs is None else config.with_epochs(options.epochs)
             jobs[row.id, seed] = Job(row, config, out / f"{row.id}-seed{seed}")
     return rows, jobs
 

@@ -98,14 +98,12 @@ def configure(options: argparse.Namespace) -> Config:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used here ({reason}); use --device cpu") from None
     chosen = row.config(preset, device=device, threads=torch.get_num_threads())
-    config = replace(chosen, **given(options))
+    config = replace(chosen, **given(options) | {"epochs": chosen.epochs})
+    if options.epochs is not None:
+        config = config.with_epochs(options.epochs)
     if config.optimizer != row.optimizer and options.lr is None and (lr := LR_OF[config.optimizer]):
         print(f"learning rate {lr:g}, usual for {config.optimizer}; --lr overrides it")
         config = replace(config, lr=lr)
-    # A shorter run keeps its matrices: one near the start, one near the end.
-    if config.epochs != chosen.epochs:
-        scaled = (epoch * config.epochs // chosen.epochs for epoch in config.matrices)
-        config = replace(config, matrices=tuple(sorted(set(scaled))))
     return config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -65,6 +65,11 @@ class Config:
             raise ValueError(f"it lacks {missing[0]!r}")
         known = {f.name: values[f.name] for f in fields(cls)}
         return cls(**known | {"matrices": tuple(known["matrices"])})
+
+    def with_epochs(self, epochs: int) -> Config:
+        """The same run shorter or longer; its matrices keep their places in it."""
+        scaled = sorted({epoch * epochs // self.epochs for epoch in self.matrices})
+        return replace(self, epochs=epochs, matrices=tuple(scaled))
 
     @property
     def name(self) -> str:

@@ -1,8 +1,7 @@
 """Start run.py again and again, and kill it at random moments: kill_driver.py KILLS OUT OPTIONS...
 
 Forks instead of starting Python anew, which takes seconds; nothing here may start threads before a fork.
-Every
-third kill waits for the write of a checkpoint, which takes a while: the disk is slow.
+Every third kill waits for the write of a checkpoint, which takes a while: the disk is slow.
 """
 
 from __future__ import annotations

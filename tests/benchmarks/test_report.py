@@ -50,7 +50,8 @@ def browse(page: str, tmp_path: Path, script: str, width: int) -> str:
     """What `script` (JavaScript, sees `page` as `inner` in a frame of `width` pixels) returns."""
     harness = tmp_path / "harness.html"
     frame = f'style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(page)}"'
-    harness.write_text(f"""<iframe id="frame" {frame}></iframe><pre id="result"></pre><script>onload = () => {{
+    harness.write_text(f"""<iframe id="frame" {frame}></iframe><pre id="result"></pre>
+    <script>onload = () => {{
       const inner = document.getElementById("frame").contentWindow;
       let result;
       try {{ result = (() => {{ {script} }})(); }} catch (error) {{ result = "threw " + error; }}

@@ -105,14 +105,16 @@ _SMALL_LINEAR = replace(_SMALL, image_size=None)
 _SMALL_CNN = replace(_SMALL, lr=0.05, epochs=240, matrices=(5, 180), n_train=2000, micro_batch=250)
 _SMALL_CNN_SLOW = replace(_SMALL_CNN, lr=0.01, epochs=900, matrices=(5, 700), n_train=500)
 _SMALL_VGG16 = replace(_SMALL, epochs=280, matrices=(5, 230), n_train=128, image_size=32, micro_batch=64)
-_SMALL_RESNET = replace(_SMALL, lr=0.3, epochs=100, matrices=(8, 90), n_train=512)
-_SMALL_RESNET_SLOW = replace(_SMALL_RESNET, lr=0.01, matrices=(15, 90))
+_SMALL_RESNET = replace(_SMALL, lr=0.3, epochs=90, matrices=(8, 80), n_train=256, image_size=28)
+_SMALL_RESNET_SLOW = replace(_SMALL, lr=0.01, epochs=100, matrices=(15, 90), n_train=512)
 
 # SVHN's small stand-in: another data set that is bundled too.
 _DIGITS_CNN = replace(_SMALL_CNN, dataset="digits", lr=0.1, n_train=1000, image_size=8)
 _DIGITS_VGG16 = replace(_SMALL_VGG16, dataset="digits")
 _DIGITS_RESNET = replace(_SMALL_RESNET, dataset="digits")
-_DIGITS_RESNET_SLOW = replace(_DIGITS_RESNET, lr=0.01, epochs=150, matrices=(15, 140), n_train=256)
+_DIGITS_RESNET_SLOW = replace(
+    _SMALL_RESNET_SLOW, dataset="digits", epochs=150, matrices=(15, 140), n_train=256
+)
 _DIGITS_RESNET_SLOWER = replace(_DIGITS_RESNET_SLOW, lr=0.003, epochs=200, matrices=(15, 190))
 
 

@@ -131,16 +131,15 @@ class Trainer:
     def backward(self) -> tuple[Tensor, Tensor]:
         """The mean loss over all pictures, its gradient in the parameters, the number of right answers."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        losses, hits = [], []
         for x, y in self.batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 scores = self._forward(x)
                 loss = F.cross_entropy(scores, y, reduction="sum") / self.count
             loss.backward()
-            total += loss.detach()
-            correct += (scores.detach().argmax(1) == y).sum()
-        return total, correct
+            losses.append(loss.detach())
+            hits.append(scores.detach().argmax(1) == y)
+        return torch.stack(losses).sum(), torch.cat(hits).sum()
 
     def sharpness(self) -> float:
         """The largest eigenvalue of the Hessian of the loss that `backward` takes; changes nothing.

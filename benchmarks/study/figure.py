@@ -136,7 +136,8 @@ def panels(record: Record, matrices: Matrices, config: Config) -> Iterator[tuple
         for caption, panel in drawn:
             figure, axis = plt.subplots(figsize=(4.9, 2.7), layout="constrained")
             panel(axis, record)
-            axis.set_title("")
+            for side in ("left", "center"):  # the page has captions
+                axis.set_title("", loc=side)
             yield caption, svg(figure)
         for epoch in sorted(matrices):
             figure, axis = plt.subplots(figsize=(4.9, 2.7), layout="constrained")
@@ -196,7 +197,7 @@ def layer_correlations(axis: Axes, record: Record) -> None:
     axis.axhline(0, color="0.4", lw=0.8)
     _layer_lines(axis, record, record.layers)
     axis.set(ylim=(-1.08, 1.08), ylabel="correlation", xlabel="epoch")
-    axis.set_title("First and last layers, windowed mean")
+    axis.set_title("First and last layers, windowed mean", loc="left")
 
 
 def layer_dots(axis: Axes, record: Record) -> None:
@@ -208,7 +209,8 @@ def layer_dots(axis: Axes, record: Record) -> None:
     if len(sizes):
         _signed_log(axis, float(np.quantile(sizes, 0.1)), float(sizes.max()))
     axis.axhline(0, color="0.4", lw=0.8)
-    axis.set(xlabel="epoch", ylabel="dot product", title="Dot products of adjacent gradients (symmetric log)")
+    axis.set(xlabel="epoch", ylabel="dot product")
+    axis.set_title("Dot products of adjacent gradients (symmetric log)", loc="left")
 
 
 def heatmap(axis: Axes, record: Record) -> None:
@@ -290,7 +292,7 @@ def _layer_lines(axis: Axes, record: Record, values: np.ndarray) -> list[int]:
     shown = list(dict.fromkeys([*range(min(2, len(names))), *range(max(0, len(names) - 2), len(names))]))
     for i, layer in enumerate(shown):
         _line(axis, values[:, layer], ls=_DASHES[i], color=_COLOURS[i], label=names[layer], lw=1.3)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=7.5)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, frameon=False, fontsize=7.5)
     return shown
 
 

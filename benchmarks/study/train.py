@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,10 @@ class Trainer:
         self.batches = [(x.contiguous(memory_format=layout), y) for x, y in self.batches]
         model = models.build(config.model, channels, side, config.width, config.seed)
         self.model = model.to(self.device, memory_format=layout)
+        self._labels = torch.cat([y for _, y in self.batches])
+        self._precision: Callable[[], AbstractContextManager] = nullcontext
+        if config.precision == "bf16":
+            self._precision = lambda: torch.autocast(self.device.type, torch.bfloat16)
         self._forward = torch.compile(self.model) if config.compile else self.model
         self._attach(History(), History())
         self.progress = Progress()
@@ -131,15 +135,16 @@ class Trainer:
     def backward(self) -> tuple[Tensor, Tensor]:
         """The mean loss over all pictures, its gradient in the parameters, the number of right answers."""
         self.optimizer.zero_grad(set_to_none=True)
-        losses, hits = [], []
+        losses, answers = [], []
         for x, y in self.batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            with self._precision():
                 scores = self._forward(x)
                 loss = F.cross_entropy(scores, y, reduction="sum") / self.count
             loss.backward()
             losses.append(loss.detach())
-            hits.append(scores.detach().argmax(1) == y)
-        return torch.stack(losses).sum(), torch.cat(hits).sum()
+            answers.append(scores.detach())
+        # All at once: small operations in the loop would be felt.
+        return torch.stack(losses).sum(), (torch.cat(answers).argmax(1) == self._labels).sum()
 
     def sharpness(self) -> float:
         """The largest eigenvalue of the Hessian of the loss that `backward` takes; changes nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +194,9 @@ def test_turn(at):
 
 def test_turn_of_a_short_run():
     assert rules.turn(np.zeros(10)) is None and rules.turn(np.zeros(11)) is not None
+
+
+def test_every_rule_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    for claim, rule in rules.RULES.items():
+        assert f"| `{claim}` | {rule.says} | {rule.text} |" in text

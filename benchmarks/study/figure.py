@@ -1,8 +1,14 @@
-"""The paper's figure of a run: loss, windowed correlation, pairwise matrices, first and last layers."""
+"""The figures of a run: the paper's (loss, windowed correlation, pairwise matrices, layers) and more.
+
+All are to be read in print and in grey: lines differ in their dashes, negative phases are shaded, and the
+diverging map goes from dark to light as well as from blue to orange.
+"""
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Callable, Iterator
 
 import matplotlib
 
@@ -11,66 +17,298 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from .config import WINDOW, Config
 from .rules import Record, phase_signs
 
-_STYLES = ("-", "--", "-.", ":")
-_GREYS = ("#1f4e79", "#d1495b", "#6a994e", "#8d6a9f")
+MAP_COLOURS = ("#0b2559", "#3a6cb4", "#aaaaaa", "#f3b673", "#fff6dd")
+"""Of the correlations -1, -1/2, 0, 1/2, 1: each lighter than the one before."""
+MAP = LinearSegmentedColormap.from_list("correlation", MAP_COLOURS)
+_DASHES = ("-", "--", "-.", ":")
+_COLOURS = ("#1f4e79", "#d1495b", "#6a994e", "#8d6a9f")
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "svg.fonttype": "none",  # text stays text: a tenth of the size
+    "svg.hashsalt": "oscopt",
+}
+_POINTS = 1500  # of a line; longer runs are drawn as the least and greatest value of so many stretches
+
+Matrices = dict[int, dict[str, np.ndarray]]
 
 
-def draw(record: Record, matrices: dict[int, dict[str, np.ndarray]], config: Config) -> Figure:
-    """One page: loss (log), windowed global correlation with negative phases shaded, two matrices, layers."""
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = plt.figure(figsize=(11, 9.5), layout="constrained")
-        grid = figure.add_gridspec(4, 4)
-        _loss(figure.add_subplot(grid[0, :2]), record)
-        _correlation(figure.add_subplot(grid[1, :2]), record)
-        epochs = sorted(matrices)[:2]
-        axes = [figure.add_subplot(grid[:2, 2 + i]) for i in range(2)]
-        image = None
-        for axis, epoch in zip(axes, epochs, strict=False):
-            image = _matrix(axis, matrices[epoch]["global"], epoch)
-        for axis in axes[len(epochs) :]:
-            axis.set_axis_off()
-        if image is not None:
-            figure.colorbar(image, ax=axes, location="bottom", shrink=0.7, label="correlation")
-        names = record.history.layer_names
-        shown = list(dict.fromkeys([*range(min(2, len(names))), *range(max(0, len(names) - 2), len(names))]))
-        _layers(figure.add_subplot(grid[2, :]), record, shown)
-        _dots(figure.add_subplot(grid[3, :]), record, shown)
-        figure.suptitle(
-            f"{config.model} on {config.dataset}, {config.optimizer}, lr {config.lr:g}, "
-            f"{config.n_train or 'all'} pictures, full batch"
-        )
+# ---- whole figures -----------------------------------------------------------------------------------------
+
+
+def draw(record: Record, matrices: Matrices, config: Config, shows: str = "all") -> Figure:
+    """The paper's figure of a run; `shows` is what of it, as in :class:`study.experiments.Row`."""
+    run, layers = shows in ("run", "all"), shows in ("layers", "all")
+    with plt.rc_context(_STYLE):
+        rows = 2 * run + 2 * layers
+        figure = plt.figure(figsize=(11, 2.3 * rows + 0.4), layout="constrained")
+        grid = figure.add_gridspec(rows, 4)
+        if run:
+            loss(figure.add_subplot(grid[0, :2]), record)
+            correlation(figure.add_subplot(grid[1, :2]), record)
+            _pair(figure, grid[:2, 2:].subgridspec(1, 2), matrices)
+        if layers:
+            layer_correlations(figure.add_subplot(grid[rows - 2, :]), record)
+            layer_dots(figure.add_subplot(grid[rows - 1, :]), record)
+        figure.suptitle(f"{config.name}, {config.n_train or 'all'} pictures, full batch")
     return figure
 
 
-def _shade(axis: Axes, record: Record) -> None:
-    signs = phase_signs(record.windowed)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], signs < 0, [0]]).astype(int)))
-    for start, stop in edges.reshape(-1, 2):
-        axis.axvspan(start - 0.5, stop - 0.5, color="0.88", lw=0, zorder=0)
+def draw_beyond(record: Record, config: Config) -> Figure:
+    """What the paper does not show: all layers over all epochs, and the edge of stability."""
+    panels = [heatmap]
+    if plain_gd(config) or np.isfinite(_sharpness(record)).any():
+        panels.append(lambda axis, record: edge_of_stability(axis, record, config))
+    with plt.rc_context(_STYLE):
+        heights = [max(2.5, 0.11 * len(record.history.layer_names)), *[2.6] * (len(panels) - 1)]
+        figure, axes = plt.subplots(
+            len(panels),
+            figsize=(11, sum(heights)),
+            height_ratios=heights,
+            layout="constrained",
+            squeeze=False,
+        )
+        for axis, panel in zip(axes[:, 0], panels, strict=True):
+            panel(axis, record)
+    return figure
 
 
-def _loss(axis: Axes, record: Record) -> None:
+def draw_beside(record: Record, config: Config, other: Record, other_config: Config) -> Figure:
+    """Two runs that differ in the optimizer: losses, correlations, and all layers of both."""
+    maps = [
+        (other.layers, f"{_called(other_config)}: gradients"),
+        (record.layers, f"{_called(config)}: gradients"),
+    ]
+    if record.updates is not None:
+        maps.append((record.updates.correlation(window=WINDOW), f"{_called(config)}: updates"))
+    names = record.history.layer_names
+    with plt.rc_context(_STYLE):
+        figure = plt.figure(figsize=(11, 3 + max(2.6, 0.1 * len(names))), layout="constrained")
+        top, bottom = figure.subfigures(2, 1, height_ratios=[2.8, max(2.6, 0.1 * len(names))])
+        left, right = top.subplots(1, 2)
+        for i, (run, label) in enumerate(((other, _called(other_config)), (record, _called(config)))):
+            style = {"color": _COLOURS[i], "ls": _DASHES[i], "label": label, "lw": 1.3}
+            _line(left, run.loss, **style)
+            _line(right, run.windowed, **style)
+        if record.updates is not None:
+            updates = record.updates.global_correlation(window=WINDOW)
+            label = f"{_called(config)}: updates"
+            _line(right, updates, color=_COLOURS[2], ls=_DASHES[2], label=label, lw=1.1)
+        left.set(yscale="log", xlabel="epoch", title="Training loss")
+        right.set(ylim=(-1.08, 1.08), xlabel="epoch", title="Windowed mean correlation, all layers together")
+        right.axhline(0, color="0.4", lw=0.8)
+        for axis in (left, right):
+            axis.legend(frameon=False, fontsize=8)
+        axes = bottom.subplots(1, len(maps), sharey=True)
+        image = None
+        for axis, (values, title) in zip(axes, maps, strict=True):
+            image = _map(axis, values, names)
+            axis.set(title=title, xlabel="epoch")
+        bottom.colorbar(image, ax=axes, shrink=0.8, label="correlation")
+    return figure
+
+
+def panels(record: Record, matrices: Matrices, config: Config) -> Iterator[tuple[str, str]]:
+    """The parts of a run's figures one by one, to be laid out by a page: (caption, SVG)."""
+    drawn: list[tuple[str, Callable[[Axes, Record], object]]] = [
+        ("Training loss before each step (log); negative phases shaded", loss),
+        (
+            "Mean correlation of adjacent gradients in a window of 5 iterations, all layers together",
+            correlation,
+        ),
+        ("The same for the first and the last layers", layer_correlations),
+        ("Dot products of adjacent gradients of these layers (symmetric log)", layer_dots),
+    ]
+    if plain_gd(config) or np.isfinite(_sharpness(record)).any():
+        caption = "Curvature times the learning rate; at 2 plain gradient descent is at the edge of stability"
+        drawn.append((caption, lambda axis, record: edge_of_stability(axis, record, config)))
+    if record.updates is not None:
+        drawn.append(("Mean correlation of adjacent updates, beside that of the gradients", updates))
+    with plt.rc_context(_STYLE | {"axes.titlesize": 0}):
+        for caption, panel in drawn:
+            figure, axis = plt.subplots(figsize=(4.9, 2.7), layout="constrained")
+            panel(axis, record)
+            for side in ("left", "center"):  # the page has captions
+                axis.set_title("", loc=side)
+            yield caption, svg(figure)
+        for epoch in sorted(matrices):
+            figure, axis = plt.subplots(figsize=(4.9, 2.7), layout="constrained")
+            figure.colorbar(_matrix(axis, matrices[epoch]["global"], epoch), ax=axis, label="correlation")
+            axis.set_title("")
+            yield (
+                f"Correlations of all pairs of gradients, epochs {epoch} to {epoch + WINDOW - 1}",
+                svg(figure),
+            )
+
+
+def svg(figure: Figure) -> str:
+    """`figure` as an element of a page; closes it."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    whole = text.getvalue()
+    return whole[whole.index("<svg") :]
+
+
+def plain_gd(config: Config) -> bool:
+    """Whether the updates are the gradients times the learning rate, so that a curvature follows."""
+    return config.optimizer in ("oscgd", "sgd")
+
+
+# ---- panels ------------------------------------------------------------------------------------------------
+
+
+def loss(axis: Axes, record: Record) -> None:
+    """The loss, on a logarithmic scale."""
     _shade(axis, record)
-    axis.plot(record.loss, color=_GREYS[0])
-    axis.set_yscale("log")
-    axis.set(ylabel="loss", title="Training loss (grey: negative phases)")
+    _line(axis, record.loss, color=_COLOURS[0])
+    axis.set(yscale="log", ylabel="loss", xlabel="epoch", title="Training loss (shaded: negative phases)")
 
 
-def _correlation(axis: Axes, record: Record) -> None:
+def correlation(axis: Axes, record: Record) -> None:
+    """The windowed mean correlation of all layers together."""
     _shade(axis, record)
     axis.axhline(0, color="0.4", lw=0.8)
-    axis.plot(record.windowed, color=_GREYS[0])
+    _line(axis, record.windowed, color=_COLOURS[0])
     axis.set(ylim=(-1.08, 1.08), xlabel="epoch", title=f"Mean correlation in a window of {WINDOW} iterations")
     axis.set_ylabel("correlation")
 
 
+def updates(axis: Axes, record: Record) -> None:
+    """The windowed mean correlations of updates and gradients."""
+    correlation(axis, record)
+    axis.lines[-1].set_label("gradients")
+    values = record.updates.global_correlation(window=WINDOW)
+    _line(axis, values, color=_COLOURS[1], ls="--", label="updates")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def layer_correlations(axis: Axes, record: Record) -> None:
+    """The windowed mean correlations of the first and last layers."""
+    _shade(axis, record)
+    axis.axhline(0, color="0.4", lw=0.8)
+    _layer_lines(axis, record, record.layers)
+    axis.set(ylim=(-1.08, 1.08), ylabel="correlation", xlabel="epoch")
+    axis.set_title("First and last layers, windowed mean", loc="left")
+
+
+def layer_dots(axis: Axes, record: Record) -> None:
+    """The dot products of the first and last layers."""
+    _shade(axis, record)
+    shown = _layer_lines(axis, record, record.history.dot)
+    sizes = np.abs(record.history.dot[:, shown])
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    if len(sizes):
+        _signed_log(axis, float(np.quantile(sizes, 0.1)), float(sizes.max()))
+    axis.axhline(0, color="0.4", lw=0.8)
+    axis.set(xlabel="epoch", ylabel="dot product")
+    axis.set_title("Dot products of adjacent gradients (symmetric log)", loc="left")
+
+
+def heatmap(axis: Axes, record: Record) -> None:
+    """The windowed mean correlation of every layer at every epoch."""
+    image = _map(axis, record.layers, record.history.layer_names)
+    axis.set(xlabel="epoch", title="Every layer, windowed mean correlation")
+    axis.figure.colorbar(image, ax=axis, label="correlation", pad=0.01)
+
+
+def edge_of_stability(axis: Axes, record: Record, config: Config) -> None:
+    """eta times the directional curvature, and the sharpness where it was measured, with the line at 2."""
+    _shade(axis, record)
+    axis.axhline(2, color="black", lw=0.9, ls=(0, (6, 3)))
+    top = 3.0
+    if plain_gd(config):
+        along = scaled_curvature(record)
+        _line(axis, along, color=_COLOURS[0], lw=0.9, label="along the step, $\\eta\\kappa$")
+        if np.isfinite(along).any():
+            top = max(top, 1.1 * float(np.nanquantile(along, 0.99)))
+    sharpness = config.lr * _sharpness(record)
+    known = np.flatnonzero(np.isfinite(sharpness))
+    if len(known):
+        style = {"color": _COLOURS[1], "ls": "--", "marker": "o", "ms": 2.5, "lw": 1.2}
+        axis.plot(known, sharpness[known], label="largest of all directions, $\\eta\\lambda_1$", **style)
+        top = max(top, 1.1 * float(np.quantile(sharpness[known], 0.99)))
+    axis.set(ylim=(min(0.0, -0.05 * top), top), xlabel="epoch", ylabel="curvature times $\\eta$")
+    right = axis.secondary_yaxis("right", functions=(lambda y: y / config.lr, lambda y: y * config.lr))
+    right.set_ylabel(f"curvature (2/$\\eta$ = {2 / config.lr:g})")
+    axis.set_title("Edge of stability: curvature times learning rate (dashed line: 2)")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def scaled_curvature(record: Record) -> np.ndarray:
+    """eta kappa of all layers together, 1 - <g_t, g_{t-1}> / ||g_{t-1}||^2: float64, shape (T,)."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 1 - record.history.dot.sum(1) / record.history.prev_sq_norm.sum(1)
+
+
+# ---- parts -------------------------------------------------------------------------------------------------
+
+
+def _called(config: Config) -> str:
+    return (
+        "GD"
+        if plain_gd(config)
+        else {"adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}[config.optimizer]
+    )
+
+
+def _sharpness(record: Record) -> np.ndarray:
+    return np.full(len(record.loss), np.nan) if record.sharpness is None else record.sharpness
+
+
+def _line(axis: Axes, values: np.ndarray, **style) -> None:
+    x = np.arange(len(values))
+    if len(values) > _POINTS:
+        edges = np.linspace(0, len(values), _POINTS // 2 + 1).astype(int)
+        keep = []
+        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+            part = values[start:stop]
+            if np.isfinite(part).any():
+                keep += sorted({start + int(np.nanargmin(part)), start + int(np.nanargmax(part))})
+        x, values = x[keep], values[keep]
+    axis.plot(x, values, **style)
+
+
+def _shade(axis: Axes, record: Record) -> None:
+    negative = phase_signs(record.windowed) < 0
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], negative, [0]]).astype(int)))
+    for start, stop in edges.reshape(-1, 2):
+        axis.axvspan(start - 0.5, stop - 0.5, color="0.88", lw=0, zorder=0)
+    axis.set_xlim(-0.5, len(negative) - 0.5)
+
+
+def _layer_lines(axis: Axes, record: Record, values: np.ndarray) -> list[int]:
+    """Draw the first two and the last two layers; which they are."""
+    names = record.history.layer_names
+    shown = list(dict.fromkeys([*range(min(2, len(names))), *range(max(0, len(names) - 2), len(names))]))
+    for i, layer in enumerate(shown):
+        _line(axis, values[:, layer], ls=_DASHES[i], color=_COLOURS[i], label=names[layer], lw=1.3)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, frameon=False, fontsize=7.5)
+    return shown
+
+
+def _pair(figure: Figure, grid, matrices: Matrices) -> None:
+    axes = [figure.add_subplot(grid[i]) for i in range(2)]
+    image = None
+    for axis, epoch in zip(axes, sorted(matrices), strict=False):
+        image = _matrix(axis, matrices[epoch]["global"], epoch)
+    for axis in axes[len(matrices) :]:
+        axis.set_axis_off()
+    if image is not None:
+        figure.colorbar(image, ax=axes, location="bottom", shrink=0.7, label="correlation")
+
+
 def _matrix(axis: Axes, matrix: np.ndarray, epoch: int):
-    image = axis.imshow(matrix, cmap="RdBu", vmin=-1, vmax=1)
+    image = axis.imshow(matrix, cmap=MAP, vmin=-1, vmax=1)
     ticks = range(len(matrix))
     axis.set_xticks(ticks, [str(epoch + i) for i in ticks])
     axis.set_yticks(ticks, [str(epoch + i) for i in ticks])
@@ -78,37 +316,32 @@ def _matrix(axis: Axes, matrix: np.ndarray, epoch: int):
     for i in ticks:
         for j in ticks:
             value = matrix[i, j]
-            colour = "white" if abs(value) > 0.6 else "black"
+            colour = "white" if value < -0.3 else "black"
             axis.text(j, i, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize=7)
     axis.set_title(f"Pairs, epochs {epoch} to {epoch + len(matrix) - 1}")
-    axis.set_anchor("S")
     return image
 
 
-def _layers(axis: Axes, record: Record, shown: list[int]) -> None:
-    _shade(axis, record)
-    axis.axhline(0, color="0.4", lw=0.8)
-    values = record.history.correlation(window=WINDOW)
-    for i, layer in enumerate(shown):
-        name = record.history.layer_names[layer]
-        axis.plot(values[:, layer], _STYLES[i], color=_GREYS[i], label=name, lw=1.3)
-    axis.set(ylim=(-1.08, 1.08), ylabel="correlation", title="First and last layers, windowed mean")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+def binned(values: np.ndarray, most: int = 600) -> np.ndarray:
+    """Rows (T, L) averaged over equal stretches so that at most `most` are left; NaN only where all are."""
+    if len(values) <= most:
+        return values
+    edges = np.linspace(0, len(values), most + 1).astype(int)
+    known = np.isfinite(values)
+    total = np.add.reduceat(np.where(known, values, 0.0), edges[:-1])
+    with np.errstate(invalid="ignore"):
+        return total / np.add.reduceat(known.astype(int), edges[:-1])
 
 
-def _dots(axis: Axes, record: Record, shown: list[int]) -> None:
-    _shade(axis, record)
-    values = record.history.dot
-    known = np.abs(values[:, shown])
-    known = known[np.isfinite(known) & (known > 0)]
-    for i, layer in enumerate(shown):
-        name = record.history.layer_names[layer]
-        axis.plot(values[:, layer], _STYLES[i], color=_GREYS[i], label=name, lw=1.3)
-    if len(known):
-        _signed_log(axis, float(np.quantile(known, 0.1)), float(known.max()))
-    axis.axhline(0, color="0.4", lw=0.8)
-    axis.set(xlabel="epoch", ylabel="dot product", title="Dot products of adjacent gradients (symmetric log)")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+def _map(axis: Axes, values: np.ndarray, names: tuple[str, ...]):
+    axis.set_facecolor("white")
+    extent = (-0.5, len(values) - 0.5, len(names) - 0.5, -0.5)
+    image = axis.imshow(
+        binned(values).T, cmap=MAP, vmin=-1, vmax=1, aspect="auto", interpolation="nearest", extent=extent
+    )
+    step = math.ceil(len(names) / 40)
+    axis.set_yticks(range(0, len(names), step), names[::step], fontsize=6)
+    return image
 
 
 def _signed_log(axis: Axes, smallest: float, largest: float) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +16,11 @@ import torch
 from .config import Config
 from .errors import UserError
 
-CONFIG, HISTORY, EPOCHS, VERDICT = "config.json", "history.npz", "epochs.csv", "verdict.json"
+CONFIG, EPOCHS, VERDICT = "config.json", "epochs.csv", "verdict.json"
+HISTORY, UPDATES, MATRICES = "history.npz", "updates.npz", "matrices.npz"
 CHECKPOINT, OLDER = "checkpoint.pt", "checkpoint-older.pt"
 _LOCK = ".lock"
+_PART = ".part"
 
 
 class Folder:
@@ -47,6 +49,9 @@ class Folder:
             raise UserError(
                 f"--out {self.path}: another process is running there; wait or use another"
             ) from None
+        for name in os.listdir(self.path):  # what a killed process was writing
+            if name.startswith(".") and name.endswith(_PART):
+                os.unlink(self.path / name)
 
     def close(self) -> None:
         """Let another process in."""
@@ -62,48 +67,51 @@ class Folder:
 
     def clear(self) -> None:
         """Remove the files of the run that is here."""
-        for pattern in ("*.json", "*.npz", "*.csv", "*.pt", "figure.*", "report.html"):
+        for pattern in ("*.json", "*.npz", "*.csv", "*.pt", "*.svg", "*.png", "report.html"):
             for file in self.path.glob(pattern):
                 file.unlink()
 
     @contextmanager
-    def writing(self, name: str, mode: str = "w") -> Iterator[IO[Any]]:
+    def writing(self, name: str, mode: str = "w", *, keep: str | None = None) -> Iterator[IO[Any]]:
         """A file that appears under `name` when it is complete and on the disk.
+
+        Args:
+            keep: name that the file which is there gets; None: it is replaced.
 
         Raises:
             UserError: there is no room, or another error of the disk; what was there stays.
         """
-        temporary = None
+        temporary = self.path / f".{name}{_PART}"  # there is one writer: see the lock
         try:
-            handle, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
-            with os.fdopen(handle, mode) as file:
+            with open(temporary, mode) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            if keep is not None and (self / name).exists():
+                os.replace(self / name, self / keep)
             os.replace(temporary, self / name)
+            self._sync()
         except OSError as error:
             raise UserError(
-                f"{self / name} could not be written ({error}); earlier files are whole"
+                f"{self / name} could not be written ({error.strerror or error}); earlier files are whole: "
+                "make room and --resume"
             ) from error
         finally:
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
+
+    def _sync(self) -> None:
+        """Put the names on the disk as well."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
     # ---- settings ----------------------------------------------------------------------------------------
 
     def read_config(self) -> Config:
-        """The settings of the run that is here.
-
-        Raises:
-            UserError: there are none, or they cannot be read.
-        """
-        try:
-            return Config.from_dict(json.loads((self / CONFIG).read_text())["settings"])
-        except FileNotFoundError:
-            raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self / CONFIG} is damaged ({error}); start anew with --overwrite") from None
+        """The settings of the run that is here; see :func:`read_config`."""
+        return read_config(self.path)[0]
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value`, readable for people too."""
@@ -115,10 +123,10 @@ class Folder:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write `state` (tensors and plain values), keeping the one before as well."""
-        if (self / CHECKPOINT).exists():
-            os.replace(self / CHECKPOINT, self / OLDER)
-        with self.writing(CHECKPOINT, "wb") as file:
-            torch.save(state, file)
+        whole = io.BytesIO()  # torch.save does not say when a file's disk is full
+        torch.save(state, whole)
+        with self.writing(CHECKPOINT, "wb", keep=OLDER) as file:
+            file.write(whole.getbuffer())
 
     def load_checkpoint(self) -> tuple[dict[str, Any] | None, str]:
         """The newest checkpoint that can be read (None: there is none yet), and what was wrong, if anything.
@@ -142,3 +150,20 @@ class Folder:
                 f"{' and '.join(damaged)} in {self.path} are damaged; start anew with --overwrite"
             )
         return None, ""
+
+
+def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The settings of the run in the folder `path`, and the machine that it ran on.
+
+    Raises:
+        UserError: there are none, or they cannot be read.
+    """
+    try:
+        content = json.loads((path / CONFIG).read_text())
+        return Config.from_dict(content["settings"]), content["machine"]
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no run: it lacks {CONFIG}") from None
+    except OSError as error:
+        raise UserError(f"{path / CONFIG} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / CONFIG} is damaged ({error}); start anew with --overwrite") from None

@@ -1,44 +1,189 @@
-"""The page of a run: one file that opens without a network."""
+"""The pages: one file each that opens without a network, for a run and for a whole reproduction."""
 
 from __future__ import annotations
 
+import base64
 import html
-from typing import Any
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from .rules import Verdict
+import numpy as np
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-td, th { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ddd; }
-pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; }
-svg { width: 100%; height: auto; }
-.no { color: #a33; } .yes { color: #276227; }
-"""
+from . import figure
+from .config import WINDOW, Config
+from .experiments import TABLE
+from .rules import RULES, Record, Verdict
+
+_BINS = 600  # epochs of a heat map; longer runs are averaged over stretches of equal length
+_NAV = '<nav id="links">{}</nav>'
 
 
-def page(title: str, lines: list[str], verdicts: list[Verdict], settings: dict[str, Any], svg: str) -> str:
-    """HTML with the summary's `lines`, the verdicts, the figure (SVG) and the settings."""
+def run_page(
+    config: Config,
+    machine: dict[str, object],
+    record: Record,
+    matrices: figure.Matrices,
+    state: str,
+    lines: Sequence[str],
+    verdicts: Sequence[Verdict],
+    beside: str | None = None,
+) -> str:
+    """The page of one run; `beside` is an SVG of :func:`study.figure.draw_beside`."""
+    row = TABLE[config.experiment]
+    parts = [
+        _NAV.format(""),
+        f"<h1>{_text(config.name)}</h1>",
+        f"<p>{_text(row.title)} of the paper ({_text(row.id)}), preset {_text(config.preset)}, "
+        f"seed {config.seed}. The run {_STATES[state]} after {len(record.loss)} epochs.</p>",
+        "<h2>Claims</h2>",
+        claims_table(verdicts),
+        f"<h2>In short</h2><pre>{_text(chr(10).join(lines))}</pre>",
+        '<h2>Figures</h2><div class="panels">',
+        *(f"<figure><figcaption>{_text(caption)}</figcaption>{svg}</figure>"
+          for caption, svg in figure.panels(record, matrices, config)),
+        "</div>",
+        "<h2>Every layer, every epoch</h2>",
+        heat_map(record.layers, record.history.layer_names, "correlation of adjacent gradients"),
+    ]  # fmt: skip
+    if record.updates is not None:
+        values = record.updates.correlation(window=WINDOW)
+        parts.append("<h3>Updates</h3>")
+        parts.append(heat_map(values, record.updates.layer_names, "correlation of adjacent updates"))
+    if beside is not None:
+        parts.append(f'<h2>Beside gradient descent</h2><div class="scroll">{beside}</div>')
+    parts.append(_details("Settings", config.to_dict()) + _details("Machine and versions", machine))
+    return _page(config.name, parts)
+
+
+_STATES = {"finished": "finished", "interrupted": "was interrupted", "diverged": "diverged"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the table and what its runs gave.
+
+    Attributes:
+        verdicts: of each seed, in the order of the row's claims; empty where a run failed.
+        runs: (seed, link to the run's page, how it ended or what went wrong).
+        figure, heat: SVG of the row's figure and heat map of its first run; None: nothing was recorded.
+    """
+
+    id: str
+    settings: Config
+    verdicts: Sequence[Sequence[Verdict]]
+    runs: Sequence[tuple[int, str, str]]
+    figure: str | None = None
+    heat: str | None = None
+    beside: str | None = None
+
+
+def index_page(title: str, notes: Iterable[str], outcomes: Sequence[Outcome]) -> str:
+    """The page of a whole reproduction."""
+    parts = [f"<h1>{_text(title)}</h1>", *(f'<p class="note">{_text(note)}</p>' for note in notes)]
+    parts.append('<h2>Claims</h2><div class="scroll"><table>')
+    parts.append(
+        "<tr><th>experiment</th><th>claim</th><th>rule</th><th>measured, by seed</th><th>held</th></tr>"
+    )
+    for outcome in outcomes:
+        for i, verdict in enumerate(outcome.verdicts[0] if outcome.verdicts else ()):
+            of_seeds = [verdicts[i] for verdicts in outcome.verdicts]
+            held = sum(v.held for v in of_seeds)
+            kind = "yes" if held == len(of_seeds) else "some" if held else "no"
+            measured = ", ".join(number(v.measured) for v in of_seeds)
+            parts.append(
+                f'<tr><td><a href="#{outcome.id}">{outcome.id}</a></td>'
+                f"<td>{verdict.claim}<small>{_text(RULES[verdict.claim].says)}</small></td>"
+                f'<td>{_text(verdict.rule)}</td><td class="number">{measured}</td>'
+                f'<td class="{kind} number">{held} of {len(of_seeds)}</td></tr>'
+            )
+    parts.append("</table></div>")
+    for outcome in outcomes:
+        row, config = TABLE[outcome.id], outcome.settings
+        parts.append(f'<h2 id="{outcome.id}">{_text(row.title)}: {_text(config.name)} ({outcome.id})</h2>')
+        size = f"{config.n_train or 'all'} pictures, {config.epochs} epochs"
+        width = "" if config.model == "linear" else f", width {config.width}"
+        parts.append(f"<p>{size}{width}, micro-batch {config.micro_batch}. Runs: ")
+        parts.append(", ".join(_run_link(*run) for run in outcome.runs) + "</p>")
+        for svg in (outcome.figure, outcome.beside):
+            if svg is not None:
+                parts.append(f'<div class="scroll">{svg}</div>')
+        if outcome.heat is not None:
+            parts.append(outcome.heat)
+    return _page(title, parts)
+
+
+def _run_link(seed: int, address: str, state: str) -> str:
+    name = f'<a href="{_text(address)}">seed {seed}</a>' if address else f"seed {seed}"
+    return f"{name} ({_text(state)})"
+
+
+def link(page: str, links: Sequence[tuple[str, str]]) -> str:
+    """`page` of a run with these links (text, address) at its top, in place of those that it had."""
+    anchors = "".join(f'<a href="{_text(address)}">{_text(text)}</a>' for text, address in links)
+    return re.sub(_NAV.format(".*?"), lambda _: _NAV.format(anchors), page, count=1, flags=re.DOTALL)
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> str:
+    """Claims with the paper's words, rule, measured value, held or not."""
     rows = "".join(
-        f"<tr><td>{html.escape(v.claim)}</td><td>{html.escape(v.rule)}</td><td>{v.measured:.3g}</td>"
-        f'<td class="{"yes" if v.held else "no"}">{"held" if v.held else "not held"}</td></tr>'
+        f"<tr><td>{v.claim}<small>{_text(RULES[v.claim].says)}</small></td><td>{_text(v.rule)}</td>"
+        f'<td class="number">{number(v.measured)}</td>'
+        f'<td class="{"yes" if v.held else "no"} number">{"held" if v.held else "not held"}</td></tr>'
         for v in verdicts
     )
-    chosen = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>"
-        for key, value in settings.items()
+    header = "<tr><th>claim</th><th>rule</th><th>measured</th><th></th></tr>"
+    return f'<div class="scroll"><table>{header}{rows}</table></div>'
+
+
+def number(value: float) -> str:
+    """Three digits, or a word where there is none."""
+    return f"{value:.3g}" if math.isfinite(value) else "unknown"
+
+
+def heat_map(values: np.ndarray, names: Sequence[str], what: str) -> str:
+    """An element that shows (T, L) correlations and tells each on hover."""
+    cells = figure.binned(values, _BINS).T
+    edges = np.linspace(0, len(values), cells.shape[1] + 1).astype(int)
+    bytes_ = np.where(np.isfinite(cells), np.round(np.nan_to_num(cells) * 100), -128).astype(np.int8)
+    content = {
+        "layers": list(names),
+        "edges": edges.tolist(),
+        "values": base64.b64encode(bytes_.tobytes()).decode(),
+        "colours": [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in figure.MAP_COLOURS],
+    }
+    scale = f"linear-gradient(to right, {', '.join(figure.MAP_COLOURS)})"
+    return (
+        f'<div class="heat" data-map="{_text(json.dumps(content, separators=(",", ":")))}">'
+        f'<div class="axis"><span>{_text(names[0])} (first layer) above</span>'
+        f'<span>−1 <span class="scale" style="background: {scale}"></span> +1</span></div>'
+        f'<canvas tabindex="0" role="img" aria-label="{_text(what)} of {len(names)} layers"></canvas>'
+        "<output></output>"
+        f'<div class="axis"><span>epoch 0</span><span>{_text(names[-1])} (last layer) below</span>'
+        f"<span>{len(values) - 1}</span></div></div>"
     )
+
+
+def _details(title: str, values: dict[str, object]) -> str:
+    rows = "".join(f"<tr><td>{_text(key)}</td><td>{_text(value)}</td></tr>" for key, value in values.items())
+    return f'<details><summary>{title}</summary><div class="scroll"><table>{rows}</table></div></details>'
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    here = Path(__file__).parent
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<pre>{html.escape(chr(10).join(lines))}</pre>
-<h2>Claims</h2>
-<table><tr><th>claim</th><th>rule</th><th>measured</th><th></th></tr>{rows}</table>
-<h2>Figure</h2>
-{svg[svg.index("<svg") :]}
-<h2>Settings</h2>
-<table>{chosen}</table>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(title)}</title>
+<style>{(here / "page.css").read_text()}</style></head><body>
+{chr(10).join(parts)}
+<script>{(here / "page.js").read_text()}</script>
 </body></html>
 """

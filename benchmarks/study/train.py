@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from oscopt import History, OscGD, OscMonitor, Window
@@ -20,8 +21,14 @@ from . import data, models
 from .config import WINDOW, Config
 from .errors import Diverged, Interrupted, UserError
 from .folder import Folder
+from .rules import Record
+from .sharpness import top_eigenvalue
+from .updates import UpdateMeter
 
-OPTIMIZERS = ("oscgd", "sgd", "adam")
+GD = ("oscgd", "sgd")
+OTHERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+OPTIMIZERS = (*GD, *OTHERS)
+"""OscGD measures itself; torch's optimizers, SGD among them, are measured by OscMonitor."""
 
 
 @dataclass
@@ -32,6 +39,7 @@ class Progress:
     accuracy: list[float] = field(default_factory=list)
     correlation: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    sharpness: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -41,12 +49,14 @@ class Trainer:
     """One run: model, data, optimizer and what was recorded.
 
     Attributes:
-        progress: loss and accuracy before each step, the step's global correlation, its seconds.
+        progress: loss, accuracy and sharpness (NaN: not asked for) before each step, the step's global
+            correlation, its seconds.
         matrices: epoch -> {"global": (h, h), "first": ..., "last": ...} of the windows so far.
     """
 
     def __init__(self, config: Config, data_root: str | None = None) -> None:
         torch.set_num_threads(config.threads)
+        _set_precision(config)
         self.config = config
         self.device = torch.device(config.device)
         pictures, labels = data.load(
@@ -69,7 +79,12 @@ class Trainer:
         self.batches = [(x.contiguous(memory_format=layout), y) for x, y in self.batches]
         model = models.build(config.model, channels, side, config.width, config.seed)
         self.model = model.to(self.device, memory_format=layout)
-        self.optimizer, self.meter = _optimizer(config, self.model, History())
+        self._labels = torch.cat([y for _, y in self.batches])
+        self._precision: Callable[[], AbstractContextManager] = nullcontext
+        if config.precision == "bf16":
+            self._precision = lambda: torch.autocast(self.device.type, torch.bfloat16)
+        self._forward = torch.compile(self.model) if config.compile else self.model
+        self._attach(History(), History())
         self.progress = Progress()
         self.matrices: dict[int, dict[str, np.ndarray]] = {}
         self._window: tuple[int, Window] | None = None
@@ -79,6 +94,14 @@ class Trainer:
         """The sums of every step and layer."""
         return self.meter.history
 
+    @property
+    def record(self) -> Record:
+        """What has been recorded so far."""
+        columns = {name: np.array(values, np.float64) for name, values in vars(self.progress).items()}
+        del columns["correlation"]  # the history has it
+        updates = None if self.updates is None else self.updates.history
+        return Record(self.history, updates=updates, **columns)
+
     # ---- training ----------------------------------------------------------------------------------------
 
     def epoch(self) -> None:
@@ -87,9 +110,11 @@ class Trainer:
         Raises:
             Diverged: the loss is not finite; the weights and the record are those before.
         """
-        started = time.perf_counter()
         number = len(self.progress)
-        if number in self.config.matrices:
+        every = self.config.sharpness_every
+        sharpness = self.sharpness() if every and number % every == 0 else math.nan
+        started = time.perf_counter()
+        if self.opens_window:
             self._window = (number, self.meter.window(WINDOW))
         loss, correct = self.backward()
         if not torch.isfinite(loss):
@@ -98,6 +123,7 @@ class Trainer:
         self.progress.loss.append(loss.item())
         self.progress.accuracy.append(correct.item() / self.count)
         self.progress.correlation.append(self.meter.global_correlation.item())
+        self.progress.sharpness.append(sharpness)
         self.progress.seconds.append(time.perf_counter() - started)
         if self._window is not None and self._window[1].complete:
             start, window = self._window
@@ -109,17 +135,40 @@ class Trainer:
     def backward(self) -> tuple[Tensor, Tensor]:
         """The mean loss over all pictures, its gradient in the parameters, the number of right answers."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        losses, answers = [], []
         for x, y in self.batches:
-            scores = self.model(x)
-            loss = F.cross_entropy(scores, y, reduction="sum") / self.count
+            with self._precision():
+                scores = self._forward(x)
+                loss = F.cross_entropy(scores, y, reduction="sum") / self.count
             loss.backward()
-            total += loss.detach()
-            correct += (scores.detach().argmax(1) == y).sum()
-        return total, correct
+            losses.append(loss.detach())
+            answers.append(scores.detach())
+        # All at once: small operations in the loop would be felt.
+        return torch.stack(losses).sum(), (torch.cat(answers).argmax(1) == self._labels).sum()
+
+    def sharpness(self) -> float:
+        """The largest eigenvalue of the Hessian of the loss that `backward` takes; changes nothing.
+
+        In float32, whatever the precision of the training.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+
+        def losses() -> Iterator[Tensor]:
+            for x, y in self.batches:
+                yield F.cross_entropy(self.model(x), y, reduction="sum") / self.count
+
+        value = top_eigenvalue(losses, list(self.model.parameters()))
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):  # batch norm's running means
+            buffer.copy_(before)
+        return value
 
     # ---- checkpoints -------------------------------------------------------------------------------------
+
+    @property
+    def opens_window(self) -> bool:
+        """Whether the next epoch begins a window."""
+        number = len(self.progress)
+        return number in self.config.matrices and number + WINDOW <= self.config.epochs
 
     @property
     def can_checkpoint(self) -> bool:
@@ -133,6 +182,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "monitor": self.meter.state_dict() if isinstance(self.meter, OscMonitor) else {},
             "history": self.history.state_dict(),
+            "updates": {} if self.updates is None else self.updates.state_dict(),
+            "update_history": {} if self.updates is None else self.updates.history.state_dict(),
             "progress": {key: torch.tensor(v, dtype=torch.float64) for key, v in vars(self.progress).items()},
             "matrices": {
                 epoch: {key: torch.from_numpy(m) for key, m in matrices.items()}
@@ -142,54 +193,82 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, to the same bits on the same machine."""
-        history = History.from_state_dict(state["history"])
         self.model.load_state_dict(state["model"])
-        self.optimizer, self.meter = _optimizer(self.config, self.model, history)
+        recorded = [
+            History.from_state_dict(state[key]) if state[key] else History()
+            for key in ("history", "update_history")
+        ]
+        self._attach(*recorded)
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(self.meter, OscMonitor):
             self.meter.load_state_dict(state["monitor"])
+        if self.updates is not None:
+            self.updates.load_state_dict(state["updates"])
         self.progress = Progress(**{key: v.tolist() for key, v in state["progress"].items()})
         self.matrices = {
             epoch: {key: m.numpy() for key, m in matrices.items()}
             for epoch, matrices in state["matrices"].items()
         }
 
+    def _attach(self, history: History, update_history: History) -> None:
+        """Make the optimizer, what measures its gradients, and what measures its updates if they differ."""
+        config, model = self.config, self.model
+        self.updates: UpdateMeter | None = None
+        if config.optimizer == "oscgd":
+            own = OscGD(model.named_parameters(), lr=config.lr, layers=config.layers, history=history)
+            self.optimizer, self.meter = own, own
+            return
+        kind = OTHERS.get(config.optimizer, torch.optim.SGD)
+        self.optimizer = kind(model.parameters(), lr=config.lr)
+        options = {"layers": config.layers}
+        self.meter = OscMonitor(self.optimizer, model.named_parameters(), history=history, **options)
+        if config.optimizer in OTHERS:
+            named = model.named_parameters()
+            self.updates = UpdateMeter(self.optimizer, named, history=update_history, **options)
 
-def _optimizer(config: Config, model: nn.Module, history: History) -> tuple[Any, OscGD | OscMonitor]:
-    """The optimizer, and what measures (OscGD does so itself)."""
-    if config.optimizer == "oscgd":
-        own = OscGD(model.named_parameters(), lr=config.lr, layers=config.layers, history=history)
-        return own, own
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[config.optimizer]
-    optimizer = kind(model.parameters(), lr=config.lr)
-    return optimizer, OscMonitor(optimizer, model.named_parameters(), layers=config.layers, history=history)
+
+def _set_precision(config: Config) -> None:
+    """float32 products in float32, unless TF32 is asked for (torch's own default for convolutions)."""
+    allowed = "tf32" if config.precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = allowed
+    torch.backends.cudnn.conv.fp32_precision = allowed
 
 
 def run(
     trainer: Trainer,
     folder: Folder,
-    checkpoint_seconds: float,
     on_epoch: Callable[[Trainer], None],
+    *,
+    checkpoint_seconds: float = 30.0,
+    checkpoint_epochs: int | None = None,
 ) -> None:
-    """Train to the last epoch, with a checkpoint every so many seconds and one at the end.
+    """Train to the last epoch, with a checkpoint every so many seconds or epochs and one at the end.
 
     Raises:
         Diverged: the loss is not finite. A checkpoint of everything before it has been written.
-        Interrupted: SIGINT or SIGTERM came. The epoch has been finished and a checkpoint written.
+        Interrupted: SIGINT or SIGTERM came. The epoch has been finished, and there is a checkpoint from which
+            the run goes on to the same bits: of this moment, or of the start of the window that was open.
     """
     last = time.monotonic()
     with _signals() as caught:
-        try:
-            while len(trainer.progress) < trainer.config.epochs:
+        while (done := len(trainer.progress)) < trainer.config.epochs:
+            if trainer.opens_window:  # there will be none until it closes
+                folder.save_checkpoint(trainer.state_dict())
+                last = time.monotonic()
+            try:
                 trainer.epoch()
-                on_epoch(trainer)
-                if caught and trainer.can_checkpoint:
-                    raise Interrupted(caught[0])
-                if trainer.can_checkpoint and time.monotonic() - last >= checkpoint_seconds:
-                    folder.save_checkpoint(trainer.state_dict())
-                    last = time.monotonic()
-        finally:
-            folder.save_checkpoint(trainer.state_dict())
+            except Diverged:
+                folder.save_checkpoint(trainer.state_dict())
+                raise
+            on_epoch(trainer)
+            due = time.monotonic() - last >= checkpoint_seconds
+            due |= checkpoint_epochs is not None and (done + 1) % checkpoint_epochs == 0
+            if trainer.can_checkpoint and (due or caught):
+                folder.save_checkpoint(trainer.state_dict())
+                last = time.monotonic()
+            if caught and done + 1 < trainer.config.epochs:
+                raise Interrupted(caught[0])
+        folder.save_checkpoint(trainer.state_dict())
 
 
 @contextmanager

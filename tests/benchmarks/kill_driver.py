@@ -1,6 +1,7 @@
 """Start run.py again and again, and kill it at random moments: kill_driver.py KILLS OUT OPTIONS...
 
 Forks instead of starting Python anew, which takes seconds; nothing here may start threads before a fork.
+Every third kill waits for the write of a checkpoint, which takes a while: the disk is slow.
 """
 
 from __future__ import annotations
@@ -24,6 +25,20 @@ from study import data, figure, train  # noqa: F401  (imported before the forks)
 kills, out, options = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 data._mnist5k = functools.cache(data._mnist5k)
 data._mnist5k()
+
+
+def slowly(operation):
+    """`operation` on a slow disk."""
+
+    def delayed(*arguments):
+        time.sleep(0.003)
+        operation(*arguments)
+        time.sleep(0.003)
+
+    return delayed
+
+
+os.fsync, os.replace = slowly(os.fsync), slowly(os.replace)
 generator = random.Random(0)
 done = inside = 0
 checkpoint = out / "checkpoint.pt"
@@ -40,7 +55,12 @@ while done < kills:
         if time.monotonic() > deadline:
             sys.exit("the run does not get on")
         time.sleep(0.001)
-    time.sleep(generator.uniform(0, 0.05))
+    if done % 3 == 0:
+        while not list(out.glob(".checkpoint.pt.*")) and time.monotonic() < deadline:
+            pass
+        time.sleep(generator.uniform(0, 0.012))
+    else:
+        time.sleep(generator.uniform(0, 0.05))
     inside += bool(list(out.glob(".checkpoint.pt.*")))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pickle
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import run
 import torch
+from study_config import CONFIG
+from torch.nn import functional as F
 
 from oscopt import History
+from study import results, train
+from study.errors import Interrupted, UserError
 from study.experiments import TABLE
+from study.folder import Folder
+from study.train import Trainer
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 FAST = ("--n-train", "64", "--micro-batch", "24", "--width", "4", "--threads", "1")
@@ -80,7 +92,8 @@ def test_every_model_end_to_end(tmp_path, model, call):
     assert done.returncode == 0, done.stderr
     assert "preset small (as asked)" in done.stdout and re.search(r"loss +\d", done.stdout)
     names = {"config.json", "history.npz", "epochs.csv", "checkpoint.pt", "figure.svg", "figure.png"}
-    assert names | {"report.html", "verdict.json"} <= {p.name for p in out.iterdir()}
+    names |= {"layers.svg", "layers.png", "matrices.npz", "report.html", "verdict.json"}
+    assert names <= {p.name for p in out.iterdir()}
     assert not [p for p in out.iterdir() if p.name.startswith(".") and p.name != ".lock"]
     settings = json.loads((out / "config.json").read_text())["settings"]
     assert settings["model"] == model and settings["epochs"] == 3 and settings["n_train"] == 64
@@ -90,14 +103,15 @@ def test_every_model_end_to_end(tmp_path, model, call):
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
     assert all(np.isfinite(float(row["loss"])) and 0 <= float(row["accuracy"]) <= 1 for row in rows)
     assert float(rows[2]["global_correlation"]) == pytest.approx(history.global_correlation()[2])
-    verdicts = json.loads((out / "verdict.json").read_text())
-    assert [v["claim"] for v in verdicts] == list(TABLE[settings["experiment"]].claims)
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert verdict["state"] == "finished" and verdict["epochs"] == 3
+    assert [v["claim"] for v in verdict["claims"]] == list(TABLE[settings["experiment"]].claims)
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     page = (out / "report.html").read_text()
     assert "<svg" in page and not re.search(r"""(src|href)=["']https?:""", page)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
 def test_other_optimizers_are_measured(tmp_path, optimizer, call):
     out = tmp_path / "run"
     options = ("--model", "cnn", "--epochs", 4, "--optimizer", optimizer, "--out", out)
@@ -105,12 +119,66 @@ def test_other_optimizers_are_measured(tmp_path, optimizer, call):
     assert done.returncode == 0, done.stderr
     history = History.load(out / "history.npz")
     assert not np.isnan(history.correlation()[1:]).any()
+    lr = {"sgd": TABLE["fig2"].small.lr}.get(optimizer, 0.001)  # a row's own is for gradient descent
+    assert json.loads((out / "config.json").read_text())["settings"]["lr"] == lr
     if optimizer == "sgd":  # the same trajectory as OscGD's
         other = tmp_path / "oscgd"
         assert call("--model", "cnn", "--epochs", 4, "--out", other, *FAST).returncode == 0
         assert all(
             torch.equal(a, b) for a, b in zip(weights(out).values(), weights(other).values(), strict=True)
         )
+
+
+def test_updates_are_measured(tmp_path, call):
+    """The correlations of Adam's updates against those from the weights of every epoch, saved in between."""
+    out = tmp_path / "run"
+    saved = []
+
+    def keep(trainer):
+        saved.append([p.detach().clone() for p in trainer.model.parameters()])
+
+    trainer = Trainer(replace(CONFIG, optimizer="adam", lr=0.01, epochs=6))
+    keep(trainer)
+    with closing(Folder(out)) as folder:
+        train.run(trainer, folder, keep)
+    moves = [
+        torch.cat([(b - a).reshape(-1) for a, b in zip(x, y, strict=True)]).double()
+        for x, y in pairwise(saved)
+    ]
+    expected = [F.cosine_similarity(a, b, dim=0).item() for a, b in pairwise(moves)]
+    measured = trainer.record.updates.global_correlation()
+    np.testing.assert_allclose(measured[1:], expected, atol=1e-5)
+    assert trainer.record.updates.layer_names == trainer.history.layer_names
+    assert Trainer(CONFIG).record.updates is None  # gradient descent's are its gradients
+
+
+def test_adam_beside_gradient_descent(tmp_path, call):
+    gd, adam = tmp_path / "gd", tmp_path / "adam"
+    assert call("--model", "cnn", "--epochs", 12, "--out", gd, *FAST).returncode == 0
+    options = ("--experiment", "adam-cnn", "--epochs", 12, "--beside", gd, "--out", adam)
+    done = call(*options, *FAST)
+    assert done.returncode == 0, done.stderr
+    claims = json.loads((adam / "verdict.json").read_text())["claims"]
+    assert [c["claim"] for c in claims] == ["suppressed", "suppressed_beside_gd"]
+    assert {"beside.svg", "beside.png", "updates.npz"} <= {p.name for p in adam.iterdir()}
+    assert "Adam: updates" in (adam / "beside.svg").read_text()
+
+
+def test_other_claims(tmp_path, call):
+    out = tmp_path / "run"
+    options = ("--model", "linear", "--epochs", 12, "--claims", "smooth_first,suppressed", "--out", out)
+    assert call(*options, *FAST).returncode == 0
+    claims = json.loads((out / "verdict.json").read_text())["claims"]
+    assert [(c["claim"], c["held"]) for c in claims] == [("smooth_first", True), ("suppressed", True)]
+
+
+def test_sharpness_is_recorded(tmp_path, call):
+    out = tmp_path / "run"
+    options = ("--model", "cnn", "--epochs", 5, "--sharpness-every", 2, "--out", out)
+    assert call(*options, *FAST).returncode == 0
+    values = [float(row["sharpness"]) for row in csv.DictReader((out / "epochs.csv").open())]
+    assert np.isfinite(values).tolist() == [True, False, True, False, True]
+    assert "largest of all directions" in (out / "layers.svg").read_text()
 
 
 def test_experiment_and_layers(tmp_path, call):
@@ -136,7 +204,8 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path, call):
     ]
     done = subprocess.run(driver, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kills"] == 30, done.stdout
+    told = json.loads(done.stdout)
+    assert told["kills"] == 30 and told["inside_a_write"] >= 3, told
     assert call("--resume", "--out", tmp_path / "killed").returncode == 0
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
@@ -155,6 +224,69 @@ def test_signals_finish_the_epoch_and_say_how_to_resume(tmp_path, number, code):
     assert f"--resume --out {out}" in stderr and "Traceback" not in stderr
     epochs = len(History.load(out / "history.npz"))
     assert len((out / "epochs.csv").read_text().splitlines()) == epochs + 1 > 1
+
+
+@pytest.mark.parametrize("optimizer", ["oscgd", "adam"])
+@pytest.mark.parametrize("stop", [2, 5, 8])
+def test_stopped_between_epochs_resumes_to_the_same_bits(tmp_path, stop, optimizer):
+    """Before, within and after the window of epochs 4 to 8."""
+    config = replace(CONFIG, optimizer=optimizer, lr=0.01, epochs=12, matrices=(4,), sharpness_every=3)
+
+    def kill(trainer):
+        if len(trainer.progress) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = Trainer(config)
+    with closing(Folder(tmp_path / "whole")) as folder:
+        train.run(whole, folder, lambda _: None)
+    with closing(Folder(tmp_path / "cut")) as folder:
+        with pytest.raises(Interrupted) as stopped:
+            first = Trainer(config)
+            train.run(first, folder, kill)
+        assert stopped.value.exit_code == 143 and len(first.progress) == stop  # not an epoch more
+        resumed = Trainer(config)
+        resumed.load_state_dict(folder.load_checkpoint()[0])
+        assert len(resumed.progress) == min(stop, 4) if stop < 8 else stop
+        train.run(resumed, folder, lambda _: None)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    a, b = whole.record, resumed.record
+    for name in ("loss", "accuracy", "sharpness"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    np.testing.assert_array_equal(a.history.dot, b.history.dot)
+    if optimizer == "adam":
+        np.testing.assert_array_equal(a.updates.dot, b.updates.dot)
+    np.testing.assert_array_equal(whole.matrices[4]["global"], resumed.matrices[4]["global"])
+
+
+def test_checkpoints_every_so_many_epochs(tmp_path):
+    kept = []
+    with closing(Folder(tmp_path / "run")) as folder:
+        trainer = Trainer(replace(CONFIG, epochs=7))
+        save = folder.save_checkpoint
+        folder.save_checkpoint = lambda state: (kept.append(len(state["progress"]["loss"])), save(state))
+        train.run(trainer, folder, lambda _: None, checkpoint_epochs=3)
+    assert kept == [3, 6, 7]
+
+
+def test_full_disk(tmp_path, call):
+    """A checkpoint that grows over the largest file allowed: one line, and what was there stays whole."""
+    assert call(*SLOW, "--out", tmp_path / "whole").returncode == 0
+    out = tmp_path / "run"
+    size = (tmp_path / "whole" / "checkpoint.pt").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 20_000, before[1]))
+    try:
+        done = call(*SLOW, "--checkpoint-epochs", 20, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_refused(done, "checkpoint.pt could not be written", "earlier files are whole")
+    assert not [p.name for p in out.iterdir() if p.name.endswith(".part")]
+    done_epochs = len(torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["loss"])
+    assert 20 <= done_epochs < 400
+    done = call("--resume", "--out", out)
+    assert done.returncode == 0 and f"at epoch {done_epochs}" in done.stdout
+    assert_same_run(tmp_path / "whole", out)
 
 
 def test_diverging_run_keeps_its_record(tmp_path, call):
@@ -190,7 +322,12 @@ def assert_refused(done: Done, *texts: str) -> None:
         (["--model", "vgg16", "--image-size", "16"], ["vgg16 takes pictures of at least 32 pixels"]),
         (["--model", "cnn", "--device", "abacus"], ["--device abacus", "--device cpu"]),
         (["--model", "cnn", "--device", "cuda:77"], ["--device cuda:77"]),
-        (["--model", "cnn", "--seed", "x"], ["--seed"]),
+        (["--model", "cnn", "--seed", "x"], ["--seed", "'x' is not a whole number"]),
+        (["--model", "cnn", "--sharpness-every", "0"], ["--sharpness-every"]),
+        (["--model", "cnn", "--optimizer", "lion"], ["lion", "adamw"]),
+        (["--model", "cnn", "--bf16", "--tf32"], ["--tf32", "--bf16"]),
+        (["--model", "cnn", "--claims", "smooth_first,rises"], ["unknown rule 'rises'", "smooth_first"]),
+        (["--model", "cnn", "--beside", "/nowhere"], ["/nowhere holds no run"]),
         (
             ["--model", "cnn", "--dataset", "cifar10", "--data-root", "/nowhere"],
             ["/nowhere: there is no such"],
@@ -238,7 +375,7 @@ def test_folders_that_hold_a_run(tmp_path, call):
     done = call("--resume", "--out", out, "--lr", 0.5, "--seed", 3)
     assert_refused(done, "other settings", "lr (0.01, now 0.5)", "seed (0, now 3)")
     assert (out / "checkpoint.pt").read_bytes() == before
-    assert_refused(call("--resume", "--out", tmp_path / "empty"), "holds no run to resume")
+    assert_refused(call("--resume", "--out", tmp_path / "empty"), "holds no run", "config.json")
     assert call(*options, "--overwrite").returncode == 0
     assert call("--resume", "--out", out).returncode == 0
 
@@ -266,8 +403,78 @@ def test_damaged_checkpoints(tmp_path, call):
 
 
 def test_two_processes_on_one_folder(tmp_path, call):
-    from study.folder import Folder
-
     folder = Folder(tmp_path / "run")
     assert_refused(call("--model", "linear", "--out", tmp_path / "run"), "another process is running there")
     folder.close()
+
+
+class Bomb:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+def npz_bomb(path: Path, fuse: Path) -> None:
+    np.savez(path.open("wb"), format=1, steps=np.array([Bomb(fuse)], dtype=object))
+
+
+@pytest.mark.parametrize(
+    "name, damage, text",
+    [
+        (
+            "history.npz",
+            lambda p, fuse: p.write_bytes(p.read_bytes()[:500]),
+            "is no history, or a damaged one",
+        ),
+        ("history.npz", lambda p, fuse: p.write_bytes(b""), "cannot be read"),
+        ("history.npz", lambda p, fuse: np.savez(p.open("wb"), format=99), "cannot be read"),
+        ("history.npz", lambda p, fuse: np.save(p.open("wb"), np.ones(3)), "cannot be read"),
+        ("history.npz", npz_bomb, "is no history, or a damaged one"),
+        ("history.npz", lambda p, fuse: p.write_bytes(pickle.dumps(Bomb(fuse))), "cannot be read"),
+        ("matrices.npz", npz_bomb, "cannot be read"),
+        ("verdict.json", lambda p, fuse: p.write_text("[]"), "cannot be read"),
+        ("epochs.csv", lambda p, fuse: p.write_text(p.read_text()[:100]), "cannot be read"),
+        ("epochs.csv", lambda p, fuse: p.write_text("".join(p.read_text().splitlines(True)[:3])), "2 epochs"),
+        ("config.json", lambda p, fuse: p.unlink(), "holds no run: it lacks config.json"),
+        ("history.npz", lambda p, fuse: p.unlink(), "lacks history.npz"),
+    ],
+    ids=str,
+)
+def test_damaged_runs_are_refused_and_execute_nothing(tmp_path, call, finished, name, damage, text):
+    out = shutil.copytree(finished, tmp_path / "run")
+    fuse = tmp_path / "boom"
+    damage(out / name, fuse)
+    with pytest.raises(UserError, match=text):
+        results.read(out)
+    done = call("--model", "cnn", "--epochs", 3, "--beside", out, "--out", tmp_path / "other", *FAST)
+    assert_refused(done, str(out))
+    assert not fuse.exists() and not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_bomb_executes_nothing(tmp_path, call, finished):
+    out = shutil.copytree(finished, tmp_path / "run")
+    for name in ("checkpoint.pt", "checkpoint-older.pt"):
+        torch.save({"model": Bomb(tmp_path / "boom")}, out / name)
+    assert_refused(call("--resume", "--out", out), "are damaged")
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run, to be copied."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert run.main(["--model", "cnn", "--epochs", "8", "--out", str(out), *FAST]) == 0
+    return out
+
+
+def test_what_is_read_back_is_what_was_recorded(finished):
+    read = results.read(finished)
+    assert read.state == "finished" and read.config.epochs == 8 and read.machine["torch"] == torch.__version__
+    assert (
+        read.matrices.keys() == torch.load(finished / "checkpoint.pt", weights_only=True)["matrices"].keys()
+    )
+    assert len(read.record.loss) == len(read.record.history) == 8

@@ -7,33 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from study_config import CONFIG
 from torch.nn import functional as F
 
-from oscopt import History
-from study import experiments, models, rules, summary
-from study.config import Config
+from study import data, models, summary
 from study.errors import UserError
 from study.folder import Folder
 from study.train import Trainer
-
-CONFIG = Config(
-    experiment="fig2",
-    preset="small",
-    model="cnn",
-    dataset="mnist5k",
-    optimizer="oscgd",
-    lr=0.1,
-    epochs=3,
-    n_train=50,
-    width=4,
-    image_size=16,
-    micro_batch=16,
-    matrices=(),
-    seed=0,
-    layers="module",
-    device="cpu",
-    threads=1,
-)
 
 
 @pytest.mark.parametrize("model", ["linear", "cnn"])
@@ -78,71 +58,6 @@ def test_full_width_models_are_the_papers():
     assert counts == {"resnet18": 11_173_962, "resnet34": 21_282_122, "vgg16": 14_719_818}
 
 
-def test_table():
-    assert set(experiments.DEFAULT_ROW.values()) <= set(experiments.TABLE)
-    for row in experiments.TABLE.values():
-        assert set(row.claims) <= set(rules.RULES) and row.claims
-        for preset in ("paper", "small"):
-            settings = row.settings(preset)
-            assert all(epoch + 5 <= settings.epochs for epoch in settings.matrices), row.id
-
-
-def record(correlations, loss=None, layers=None) -> rules.Record:
-    """A run with these global correlations; `layers` gives (T, L) ones instead."""
-    values = np.asarray(layers if layers is not None else np.array(correlations)[:, None], float)
-    history = History()
-    history.add_layers([f"layer{i}" for i in range(values.shape[1])])
-    for t, row in enumerate(values):
-        target = history.next_row(torch.device("cpu"))
-        target[:] = 1.0
-        target[0] = torch.tensor(row if t else np.nan)
-        history.commit(t, np.ones(values.shape[1]), np.ones(values.shape[1]))
-    return rules.Record(
-        history, np.asarray(loss if loss is not None else np.linspace(2, 1, len(values)), float)
-    )
-
-
-DOWN_EARLY, DOWN_LATE = [2.0] * 10 + [0.5] * 50, [2.0] * 40 + [0.5] * 20
-SWITCH = [-0.8] * 30 + [0.99] * 30
-OTHER = [0.99] * 30 + [-0.8] * 30
-TWO = np.ones((60, 2))
-CASES = {
-    "correlated_throughout": (record([0.95] * 60), record([0.95] * 30 + [0.1] * 30)),
-    "smooth_first": (record(OTHER), record(SWITCH)),
-    "oscillates_first": (record(SWITCH), record([-0.8] * 4 + [0.9] * 56)),
-    "oscillates_later": (record(OTHER), record(SWITCH)),
-    "stable_later": (record(SWITCH), record(OTHER)),
-    "decrease_while_negative": (record(SWITCH, DOWN_EARLY), record(SWITCH, DOWN_LATE)),
-    "layers_agree": (record(None, layers=-0.9 * TWO), record(None, layers=TWO * [-0.9, 0.5])),
-    "first_layer_negative": (record(None, layers=TWO * [-0.9, 0.9]), record(None, layers=TWO * [0.9, -0.9])),
-    "last_layer_positive": (record(None, layers=TWO * [-0.9, 0.95]), record(None, layers=TWO * [0.95, 0.2])),
-    "first_layer_dominates": (record(None, layers=TWO * [-0.9, 0.1]), record(None, layers=TWO * [0.1, 0.9])),
-    "suppressed": (record([0.4] * 60), record([0.4] * 40 + [-0.4] * 20)),
-}
-
-
-@pytest.mark.parametrize("claim", rules.RULES)
-def test_rules_can_hold_and_fail(claim):
-    holds, fails = CASES[claim]
-    (yes,), (no,) = rules.judge((claim,), holds), rules.judge((claim,), fails)
-    assert yes.held and not no.held, (yes, no)
-
-
-def test_too_short_a_run_holds_nothing():
-    assert not any(v.held for v in rules.judge(tuple(rules.RULES), record([0.5])))
-
-
-def test_single_spikes_do_not_make_a_phase():
-    signs = rules.phase_signs(np.array([np.nan, 0.05, 0.9, -0.05, 0.9, -0.5, -0.5, 0.05, -0.5]))
-    assert signs.tolist() == [0, 0, 1, 1, 1, -1, -1, -1, -1]
-
-
-def test_decrease_share():
-    loss = np.array([4.0, 3.0, 3.5, 1.0, 0.0])
-    assert rules.decrease_share(loss, np.array([1, -1, -1, 1, 1])) == (-0.5 + 2.5) / 4
-    assert np.isnan(rules.decrease_share(loss[::-1], np.ones(5)))
-
-
 def test_sparkline():
     assert summary.sparkline(np.array([-1.0, 0.0, 1.0, np.nan])) == "▁▅█ "
     assert summary.sparkline(np.array([])) == "" and len(summary.sparkline(np.zeros(500))) == 60
@@ -163,13 +78,26 @@ def test_files_are_whole_or_not_there(tmp_path):
     folder.close()
 
 
-def test_checkpoint_executes_nothing(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (print, ("boom",))
+def test_digits_are_whole():
+    x, y = data.load("digits", None, None, None, seed=0)
+    assert x.shape == (1797, 1, 8, 8) and y.bincount().tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
+    assert abs(x.mean().item()) < 1e-5 and abs(x.std().item() - 1) < 1e-3
 
+
+def test_leftovers_of_a_killed_process_go(tmp_path):
     folder = Folder(tmp_path / "run")
-    torch.save({"model": Bomb()}, folder / "checkpoint.pt")
-    with pytest.raises(UserError, match="damaged"):
-        folder.load_checkpoint()
     folder.close()
+    (tmp_path / "run" / ".checkpoint.pt.part").write_text("half")
+    Folder(tmp_path / "run").close()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]

@@ -1,0 +1,158 @@
+"""The pages in a headless browser: hover, a phone's width, no network; and figures of long runs."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from study_config import CONFIG
+
+from oscopt import History
+from study import figure, report, rules, summary
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+
+
+def wave(epochs: int, layers: int, optimizer: str = "oscgd") -> rules.Record:
+    """A run whose correlations are waves, different in each layer."""
+    t, i = np.arange(epochs)[:, None], np.arange(layers)[None]
+    values = np.cos(t / epochs * 6 + i / 7)
+    history = History()
+    history.add_layers([f"layer{k}.conv" for k in range(layers)])
+    for step in range(epochs):
+        row = history.next_row(torch.device("cpu"))
+        row[:] = 1.0
+        row[0] = torch.from_numpy(values[step] if step else np.full(layers, np.nan))
+        history.commit(step, np.full(layers, 0.1), np.full(layers, 0.1))
+    loss = np.exp(-np.arange(epochs) / epochs * 5)
+    sharpness = np.where(np.arange(epochs) % 100 == 0, 19.0, np.nan)
+    updates = None if optimizer == "oscgd" else history
+    return rules.Record(history, loss, loss, loss, sharpness, updates)
+
+
+def page_of(record: rules.Record, config=CONFIG) -> str:
+    verdicts = rules.judge(("smooth_first", "layers_agree"), record)
+    matrices = {5: {"global": np.cos(np.arange(25.0)).reshape(5, 5)}}
+    lines = summary.summarise(record, verdicts)
+    machine = {"processor": "<unknown> & more"}
+    return report.run_page(config, machine, record, matrices, "finished", lines, verdicts)
+
+
+def browse(page: str, tmp_path: Path, script: str, width: int) -> str:
+    """What `script` (JavaScript, sees `page` as `inner` in a frame of `width` pixels) returns."""
+    harness = tmp_path / "harness.html"
+    frame = f'style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(page)}"'
+    harness.write_text(f"""<iframe id="frame" {frame}></iframe><pre id="result"></pre>
+    <script>onload = () => {{
+      const inner = document.getElementById("frame").contentWindow;
+      let result;
+      try {{ result = (() => {{ {script} }})(); }} catch (error) {{ result = "threw " + error; }}
+      document.getElementById("result").textContent = JSON.stringify(result);
+    }};</script>""")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--virtual-time-budget=5000", "--dump-dom", harness.as_uri()],
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found and found[1], done.stderr[-500:]
+    return html.unescape(found[1])
+
+
+@needs_browser
+def test_values_on_hover(tmp_path):
+    record = wave(epochs=90, layers=41)
+    script = """
+      const canvas = inner.document.querySelector(".heat canvas");
+      const told = inner.document.querySelector(".heat output");
+      const area = canvas.getBoundingClientRect(), seen = [];
+      for (const [epoch, layer] of [[0, 0], [30, 7], [89, 40]]) {
+        const clientX = area.left + area.width * (epoch + 0.5) / 90;
+        const clientY = area.top + area.height * (layer + 0.5) / 41;
+        canvas.dispatchEvent(new inner.PointerEvent("pointermove", { clientX, clientY }));
+        seen.push(told.textContent);
+      }
+      canvas.dispatchEvent(new inner.KeyboardEvent("keydown", { key: "ArrowUp" }));
+      seen.push(told.textContent);
+      canvas.dispatchEvent(new inner.PointerEvent("pointerleave"));
+      return [...seen, told.textContent];
+    """
+    w = record.layers
+
+    def cell(epoch, layer):
+        return f"layer{layer}.conv, epoch {epoch}: {w[epoch, layer]:+.2f}".replace("-", "−")
+
+    expected = ["layer0.conv, epoch 0: unknown", cell(30, 7), cell(89, 40), cell(89, 39), ""]
+    assert browse(page_of(record), tmp_path, script, 1000) == str(expected).replace("'", '"').replace(
+        ', "', ',"'
+    )
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [340, 1200])
+def test_nothing_overflows(tmp_path, width):
+    """Nor is anything unreadably small: panels stack on a phone."""
+    script = """
+      const root = inner.document.documentElement;
+      const panels = [...inner.document.querySelectorAll(".panels figure")];
+      return [root.scrollWidth <= inner.innerWidth, panels.length > 4,
+        Math.min(...panels.map((p) => p.getBoundingClientRect().width)) > 280,
+        new Set(panels.map((p) => Math.round(p.getBoundingClientRect().left))).size];
+    """
+    page = page_of(wave(60, 41, "adam"), replace(CONFIG, optimizer="adam"))
+    assert browse(page, tmp_path, script, width) == f"[true,true,true,{1 if width == 340 else 2}]"
+
+
+def test_pages_need_no_network():
+    page = page_of(wave(60, 5))
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(["']?http""", page)
+    assert "&lt;unknown&gt; &amp; more" in page and "<unknown>" not in page
+
+
+def test_long_runs_stay_small():
+    """30,000 epochs and 73 layers: every curve and map of them within 6 MB."""
+    page = page_of(wave(30_000, 73))
+    assert len(page) < 2 << 20
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7])
+def test_short_runs_are_drawn(epochs):
+    assert "</html>" in page_of(wave(epochs, 3))
+
+
+def test_lines_keep_their_extremes():
+    """A spike of one epoch in 30,000 is drawn."""
+    record = wave(30_000, 2)
+    record.loss[12_345] = 1e6
+    drawn = figure.draw(record, {}, CONFIG, "run")
+    line = max(
+        (line for axis in drawn.axes for line in axis.lines), key=lambda line: np.nanmax(line.get_ydata())
+    )
+    assert 1e6 in line.get_ydata() and len(line.get_ydata()) <= 1500 and 12_345 in line.get_xdata()
+
+
+def test_binned():
+    values = np.array([[1.0], [3.0], [np.nan], [5.0], [np.nan], [np.nan]])
+    np.testing.assert_array_equal(figure.binned(values, 3), [[2.0], [5.0], [np.nan]])
+    assert figure.binned(values, 6) is values
+
+
+def test_the_map_is_readable_in_grey():
+    """Each colour is lighter than the one before."""
+    red, green, blue, _ = figure.MAP(np.linspace(0, 1, 64)).T
+    assert (np.diff(0.2126 * red + 0.7152 * green + 0.0722 * blue) > 0).all()
+
+
+def test_links_can_be_replaced():
+    page = page_of(wave(20, 2))
+    once = report.link(page, [("all runs", "../report.html")])
+    twice = report.link(once, [("all runs", "../report.html")])
+    assert once == twice != page and once.count("../report.html") == 1

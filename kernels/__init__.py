@@ -67,10 +67,12 @@ class BatchProtocol(Protocol):
         layer_of: Sequence[int],
         num_layers: int,
         drawn: Sequence[Drawn] | None = None,
+        scale_of: Sequence[int] | None = None,
     ) -> None:
         """Prepare for `params`: same device, same dtype, sorted by `layer_of`; -1 (first): not measured.
 
         `drawn`: the blocks of each that are measured (:mod:`oscopt.kernels.sampling`). None: all of it.
+        `scale_of`: the layer whose scale each follows, where that is not `layer_of`; -1: none.
         """
 
     def step(
@@ -96,7 +98,7 @@ class BatchProtocol(Protocol):
             hyper: rows of :data:`HYPER`; None: measure only, nothing but `prevs` and `out` is written.
             out: float64 tensor of shape (4, num_layers), overwritten with :data:`SUMS`; None: as `prevs`.
             scale: float64 tensor of shape (num_layers,) on the parameters' device, by which each layer's `lr`
-                is multiplied; what is not measured keeps its own. None: ones.
+                is multiplied; by `scale_of`; elsewhere it stays. None: ones.
 
         With `drawn`, prevs[i] has `drawn[i].kept_size` elements, the drawn blocks, and always holds those of
         `grads[i]` afterwards (`copies` is not looked at); `out` has shape (10, num_layers), see
@@ -160,7 +162,7 @@ class Plan:
         layer_of: the index of each parameter's layer, -1: not measured.
         num_layers: L.
         backend: the backend's module, from :func:`backend`.
-        drawn: as :class:`BatchProtocol` has it.
+        drawn, scale_of: as :class:`BatchProtocol` has them.
     """
 
     def __init__(
@@ -171,8 +173,11 @@ class Plan:
         num_layers: int,
         backend: ModuleType,
         drawn: Sequence[Drawn] | None = None,
+        scale_of: Sequence[int] | None = None,
     ) -> None:
         from . import torch_backend
+
+        scale_of = layer_of if scale_of is None else scale_of
 
         groups: dict[tuple, list[int]] = {}
         for i in sorted(range(len(params)), key=layer_of.__getitem__):
@@ -185,7 +190,9 @@ class Plan:
             (
                 None if index == natural else index,
                 module.Batch(
-                    pick(params, index), [layer_of[i] for i in index], num_layers, pick(drawn, index)
+                    *(pick(values, index) for values in (params, layer_of)),
+                    num_layers,
+                    *(pick(values, index) for values in (drawn, scale_of)),
                 ),
             )
             for (module, _), index in groups.items()

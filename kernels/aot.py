@@ -50,7 +50,7 @@ _TYPES = {
     "flags_ptr": "*i32",
     "row_ptr": "*i32",
     "hyper_ptr": "*fp64",
-    "layer_ptr": "*i32",
+    "scale_of_ptr": "*i32",
     "partial_ptr": "*fp64",
     "N": "i32",
     "first_ptr": "*i64",

@@ -48,7 +48,7 @@ def unavailable(device: torch.device) -> str:
 class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None) -> None:
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None, scale_of=None) -> None:
         dtype = params[0].dtype
         self._tag = np.zeros(1, _STORAGE[dtype])
         self._itemsize = dtype.itemsize
@@ -79,7 +79,7 @@ class Batch:
                 sizes,
             )
         self._shares: dict[int, np.ndarray] = {}
-        self._layer_of = np.array(layer_of, np.int64)
+        self._scale_of = np.array(layer_of if scale_of is None else scale_of, np.int64)
         self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NO_ADDRESSES)
         self._hyper: tuple[object, np.ndarray] = (None, np.zeros((1, 6)))
 
@@ -101,7 +101,7 @@ class Batch:
             self._rows[1],
             self._hyper[1],
             scale.numpy() if scale is not None else _NO_SCALE,
-            self._layer_of,
+            self._scale_of,
             self._tensor,
             self._start,
             self._stop,
@@ -427,7 +427,7 @@ def _chunk(p, g, q, buf, copy, n, row, scale, itemsize, tag):
 
 @njit(nogil=True, cache=True, parallel=True)
 def _step(
-    p, g, q, buf, copy, rows, hyper, scale, layer_of, tensor, start, stop, share, itemsize, tag, partials
+    p, g, q, buf, copy, rows, hyper, scale, scale_of, tensor, start, stop, share, itemsize, tag, partials
 ):
     for thread in prange(share.size - 1):
         for c in range(share[thread], share[thread + 1]):
@@ -441,7 +441,7 @@ def _step(
                 copy.size > 0 and copy[k],
                 stop[c] - start[c],
                 hyper[rows[k]],
-                scale[layer_of[k]] if scale.size and layer_of[k] >= 0 else 1.0,
+                scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0,
                 itemsize,
                 tag,
             )
@@ -487,7 +487,7 @@ def _sample_step(
     rows,
     hyper,
     scale,
-    layer_of,
+    scale_of,
     tensor,
     start,
     stop,
@@ -520,7 +520,7 @@ def _sample_step(
                         False,
                         min(stop[c] - at, part),
                         hyper[rows[k]],
-                        scale[layer_of[k]] if scale.size and layer_of[k] >= 0 else 1.0,
+                        scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0,
                         itemsize,
                         tag,
                     )

@@ -55,9 +55,10 @@ def _sample(drawn: Drawn, grad: Tensor, kept: Tensor) -> Tensor:
 class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None) -> None:
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None, scale_of=None) -> None:
         self._params = params
         self._layer_of = layer_of
+        self._scale_of = layer_of if scale_of is None else scale_of
         self._drawn = drawn
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
@@ -86,7 +87,7 @@ class Batch:
 
     def _scale(self, scale: Tensor, i: int) -> Tensor:
         """What multiplies the learning rate of parameter i: float64, 0-dim."""
-        return scale[self._layer_of[i]] if self._layer_of[i] >= 0 else torch.ones_like(scale[0])
+        return scale[self._scale_of[i]] if self._scale_of[i] >= 0 else torch.ones_like(scale[0])
 
 
 def _update(params, grads, bufs, scales, lr, decay, gain, weight_decay, lookahead, sign) -> None:

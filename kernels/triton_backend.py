@@ -70,7 +70,7 @@ def step_kernel(
     flags_ptr,  # int32 (N,): the sum of ALIGNED, COPIED and BUFFERED, where they hold
     row_ptr,  # int32 (N,): row of hyper
     hyper_ptr,  # float64 (rows, 6)
-    layer_ptr,  # int32 (N,): each tensor's layer, -1: none
+    scale_of_ptr,  # int32 (N,): each tensor's entry in the scales, -1: none
     scale_ptr,  # float64 (L,): what multiplies a layer's learning rate, if SCALED
     partial_ptr,  # float64 (tiles, 4)
     N,
@@ -99,8 +99,8 @@ def step_kernel(
     hyper_ptr += 6 * tl.load(row_ptr + k)
     lr = tl.load(hyper_ptr)
     if SCALED:
-        layer = tl.load(layer_ptr + k)
-        lr *= tl.load(scale_ptr + layer, mask=layer >= 0, other=1.0)
+        entry = tl.load(scale_of_ptr + k)
+        lr *= tl.load(scale_ptr + entry, mask=entry >= 0, other=1.0)
     lr = lr.to(COMPUTE)
     decay = tl.load(hyper_ptr + 1).to(COMPUTE)
     gain = tl.load(hyper_ptr + 2).to(COMPUTE)
@@ -307,7 +307,7 @@ def options(dtype: torch.dtype, warp_size: int = 64 if torch.version.hip else 32
 class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None) -> None:
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None, scale_of=None) -> None:
         self._params = params
         self._dtype = params[0].dtype
         self._device = params[0].device
@@ -331,7 +331,7 @@ class Batch:
             whole = SAMPLE_BLOCK * (number[last] + np.int64(1)) <= sizes[tensor]
             tables = (tensor, first, whole.astype(np.int32), np.concatenate([[0], ends]), number)
             self._sample = [self._upload(table) for table in (*tables, sizes, scale)]
-        self._layer_of = self._upload(np.array(layer_of, np.int32))
+        self._scale_of = self._upload(np.array(layer_of if scale_of is None else scale_of, np.int32))
         bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
         self._bounds = self._upload(bounds.astype(np.int32))
         self._sums = 4 if drawn is None else 10
@@ -367,7 +367,7 @@ class Batch:
                 flags,
                 self._rows[1],
                 self._hyper[1],
-                self._layer_of,
+                self._scale_of,
                 self._partials if scale is None else scale,
                 self._partials,
                 len(grads),

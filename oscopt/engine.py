@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import kernels, measures
+from .adapt import Adapter
 from .distributed import Ranks, bare, describe, is_dtensor
 from .history import History
 from .kernels.sampling import NOTHING, draw, estimate
@@ -73,6 +74,7 @@ class Engine:
         backend: "auto" or one of :data:`oscopt.kernels.BACKENDS`.
         history: where the sums go.
         ranks: the processes that share the parameters, if they have found each other already.
+        adapter: what decides on the layers' scales; None: they are ones.
 
     Raises:
         ValueError: a parameter has another shape or device than its kept gradient; or the ranks disagree.
@@ -90,6 +92,7 @@ class Engine:
         backend: str,
         history: History,
         ranks: Ranks | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.layer_names = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
         index: dict[str | None, int] = {name: i for i, name in enumerate(self.layer_names)} | {None: -1}
@@ -161,6 +164,7 @@ class Engine:
         self._state_dicts: list[dict[str, Any]] = []
         self._all_measured = all(slot.layer >= 0 for slot in self.slots)
         self._rates: dict[tuple[float, ...], np.ndarray] = {}
+        self._adapter = adapter
         self.windows: list[Window] = []
 
     @property
@@ -331,39 +335,63 @@ class Engine:
         elif self._drawn is None and measured:
             prevs, copies, lost = self._pairs(grads, wholes, present)
             sums = row[:4]  # zeros until now
-        if prevs is not None or hyper is not None:
-            for n, (index, plan) in enumerate(self._plan(present, grads, regular)):
-                out = sums
-                if n and sums is not None:
-                    out = torch.empty_like(sums, device=plan.device)
-                plan.step(*(kernels.pick(v, index) for v in (grads, prevs, bufs, copies, rows)), hyper, out)
-                if n and sums is not None:
-                    sums += out.to(sums.device)
+        adapter, plans = self._adapter, self._plan(present, grads, regular)
+        if adapter is not None:
+            self.history.settle()  # the scales are to be known now
+        twice = adapter is not None and adapter.lag == 0 and row is not None
+        first = None if twice else hyper
+        if prevs is not None or first is not None:
+            self._run(plans, (grads, prevs, bufs, copies, rows), first, sums)
         if row is not None:
             if lost:
                 everything = len(lost) == len(self.layer_names)  # as at the start: no index to upload
                 for part in (sums[0], sums[2], sums[3], *sums[4:]):
                     part[slice(None) if everything else lost] = torch.nan
             self._last_row = row
+            if adapter is not None:
+                row[5:].copy_(torch.stack([adapter.scale, adapter.used]))
             rates = self._layer_lr(lr), self._layer_lr(prev_lr)
-            self.history.commit(step, *rates, self._finish(sums, row))
+            self.history.commit(step, *rates, self._finish(sums, row, rates))
+        if twice:
+            self.history.settle()
+            row[5] = adapter.scale
+            self._run(plans, (grads, None, bufs, None, rows), hyper, None)
+        if adapter is not None:
+            adapter.used = adapter.scale if twice or row is None else row[5]
         for window in tuple(self.windows):
             window.add([self.slots[i].layer for i in present], [grads[i] for i in present])
         if self._drawn is None:
             self.keep(grads, wholes, present if keep else [], copied=measured)
 
-    def _finish(self, sums: Tensor, row: Tensor) -> partial | None:
+    def _run(self, plans, values, hyper, sums: Tensor | None) -> None:
+        """One call of each device's plan; `values` are grads, prevs, bufs, copies, rows."""
+        scale = self._adapter.scale if self._adapter is not None else None
+        for n, (index, plan) in enumerate(plans):
+            out, there = sums, scale
+            if n:
+                out = None if sums is None else torch.empty_like(sums, device=plan.device)
+                there = None if scale is None else scale.to(plan.device)
+            plan.step(*(kernels.pick(v, index) for v in values), hyper, out, there)
+            if n and sums is not None:
+                sums += out.to(sums.device)
+
+    def _finish(self, sums: Tensor, row: Tensor, rates: tuple[np.ndarray, np.ndarray]) -> partial | None:
         """Bring the ranks' sums together and finish the row; what of it is left for later, if any."""
         if self.ranks is None:
-            if self._drawn is not None:
-                estimate(sums, row)
-            return None
-        return partial(self._settle, self.ranks.reduce(sums), sums, row)
+            return self._complete(sums, row, rates)
+        return partial(self._settle, self.ranks.reduce(sums), sums, row, rates)
 
-    def _settle(self, work: Any, sums: Tensor, row: Tensor) -> None:
+    def _settle(self, work: Any, sums: Tensor, row: Tensor, rates: tuple[np.ndarray, np.ndarray]) -> None:
         self.ranks.wait(work)
+        self._complete(sums, row, rates)
+
+    def _complete(self, sums: Tensor, row: Tensor, rates: tuple[np.ndarray, np.ndarray]) -> None:
+        """What follows once the sums are those of all ranks."""
         if self._drawn is not None:
             estimate(sums, row)
+        if self._adapter is not None:
+            lr, prev_lr = (torch.from_numpy(rate).to(self.device, non_blocking=True) for rate in rates)
+            self._adapter.decide(row[:4], lr, prev_lr * row[6])
 
     def _kept_samples(self, grads, present) -> tuple[list, list[int]]:
         """The kept blocks of the previous gradients, and the layers that have no valid pair."""
@@ -484,6 +512,7 @@ class Engine:
                         len(self.layer_names),
                         self.backends[device],
                         kernels.pick(self._drawn, index),
+                        [self.slots[i].home for i in index],
                     ),
                 )
                 for device, index in by_device.items()

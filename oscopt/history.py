@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-RECORDED = (*SUMS, "correlation_stderr")
+RECORDED = (*SUMS, "correlation_stderr", "step_scale", "prev_step_scale")
 """What one row of the record holds for each layer."""
 _HOST = ("lr", "prev_lr")
 _FORMAT = 1
@@ -40,7 +40,7 @@ class History:
         limit: how many steps are held in memory. Beyond, the record is thinned: every second step is dropped,
             the oldest first, until every second step is left, then every fourth, and so on. Each row is
             complete in itself, so what is left stays exact; `steps` tells which. A step of L layers takes
-            40 L bytes, and as much again where learning rates change; time a step does not depend on T.
+            56 L bytes, and as much again where learning rates change; time a step does not depend on T.
             None: no limit. :meth:`stream_to` keeps every step on disk.
 
     Raises:
@@ -54,7 +54,7 @@ class History:
         self._layer_names: tuple[str, ...] = ()
         self._blocks: list[_Block] = []  # on the host, the oldest first
         self._arriving: _Block | None = None  # on its way there
-        self._block: Tensor | None = None  # (_BLOCK, 5, L) on the device
+        self._block: Tensor | None = None  # (_BLOCK, 7, L) on the device
         self._steps: list[int] = []  # of the filled rows of it
         self._rates: list[tuple[np.ndarray, ...]] = []  # lr and prev_lr of them
         self._settle_last: Callable[[], None] | None = None
@@ -100,13 +100,17 @@ class History:
             self._layer_names = names
 
     def next_row(self, device: torch.device) -> Tensor:
-        """Where the next step's :data:`RECORDED` go: float64, shape (5, L), zeros, on `device`."""
+        """Where the next step's :data:`RECORDED` go: float64, shape (7, L), on `device`.
+
+        The sums in it are zeros, the scales ones.
+        """
         if self._block is not None and (len(self._steps) == _BLOCK or self._block.device != device):
             self._close_block()
         self.settle()
         if self._block is None:
             shape = (_BLOCK, len(RECORDED), len(self._layer_names))
             self._block = torch.zeros(shape, dtype=torch.float64, device=device)
+            self._block[:, len(RECORDED) - 2 :] = 1.0  # scales
         return self._block[len(self._steps)]
 
     def commit(
@@ -250,8 +254,18 @@ class History:
 
     @property
     def step_scale(self) -> np.ndarray:
-        """Multiplier of the learning rate: float64, shape (T, L), all ones without adaptation."""
-        return np.ones((len(self), len(self._layer_names)))
+        """Multiplier of the learning rate in the step: float64, shape (T, L), all ones without adaptation."""
+        return self._sum("step_scale")
+
+    @property
+    def prev_step_scale(self) -> np.ndarray:
+        """Multiplier of the learning rate in the step before: float64, shape (T, L)."""
+        return self._sum("prev_step_scale")
+
+    @property
+    def prev_step_size(self) -> np.ndarray:
+        """Learning rate times scale of the step before, the one from t - 1 to t: float64, shape (T, L)."""
+        return self.prev_lr * self.prev_step_scale
 
     def correlation(self, window: int | None = None) -> np.ndarray:
         """mu_t for every layer: float64, shape (T, L); paper, eq. (2).
@@ -276,11 +290,11 @@ class History:
 
         Holds for plain gradient descent; momentum and weight decay move along another direction.
         """
-        return measures.curvature(self.dot, self.prev_sq_norm, self.prev_lr)
+        return measures.curvature(self.dot, self.prev_sq_norm, self.prev_step_size)
 
     def smoothness(self) -> np.ndarray:
         """Directional smoothness along the step from t - 1 to t: float64, shape (T, L)."""
-        return measures.smoothness(self.diff_sq_norm, self.prev_sq_norm, self.prev_lr)
+        return measures.smoothness(self.diff_sq_norm, self.prev_sq_norm, self.prev_step_size)
 
     def drain(self) -> History:
         """What is new since the last call, as a history of its own; everything, the first time.
@@ -304,7 +318,7 @@ class History:
         return {
             "steps": self.steps,
             "layer_names": np.array(self.layer_names, str),
-            **{name: getattr(self, name) for name in (*RECORDED, *_HOST, "step_scale")},
+            **{name: getattr(self, name) for name in (*RECORDED, *_HOST)},
             "correlation": self.correlation(),
             "curvature": self.curvature(),
         }
@@ -342,7 +356,7 @@ class History:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write an .npz file, whole or not at all: `format`, `steps`, `layer_names` and the arrays."""
-        _write(Path(path), np.savez_compressed, self._arrays() | {"step_scale": self.step_scale})
+        _write(Path(path), np.savez_compressed, self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> History:
@@ -526,7 +540,7 @@ class _Block:
     Attributes:
         steps: their numbers, (n,).
         ordinals: how many steps were recorded before each, (n,).
-        sums: (n, 5, layers); a tensor until :meth:`on_host`.
+        sums: (n, 7, layers); a tensor until :meth:`on_host`.
         rates: `lr` and `prev_lr`, (n, layers); one row in memory where they do not change.
         stride: every ordinal is a multiple of it.
         event: when `sums` has arrived.

@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+from .adapt import Adapter, Policy, resolve
 from .distributed import Ranks, bare
 from .engine import Engine
 from .history import History
@@ -54,7 +55,8 @@ class OscGD(Optimizer):
         sample: in (0, 1]. Less than 1: measure a fixed pseudo-random choice of aligned blocks that holds this
             fraction of each parameter (at least 16,384 elements, or all of it), and keep only their previous
             gradient. The sums are then unbiased estimates; `correlation_stderr` tells the error.
-        adapt: reserved; must be None.
+        adapt: a policy of :mod:`oscopt.adapt`, or its name, that sets a multiplier of `lr` for each layer
+            from what was measured; None: all stay 1. A group with ``"adapt": False`` is left out.
         backend: "auto", "triton" (CUDA, ROCm), "numba" (CPU) or "torch" (anywhere).
         history: record into this one, which goes on where it ends. Default: a new one.
 
@@ -64,7 +66,6 @@ class OscGD(Optimizer):
         TypeError: a parameter is neither floating-point nor complex (a complex one is measured and updated as
             its real and imaginary parts).
         RuntimeError: `backend` cannot run on the parameters' device, or `fused` excludes another argument.
-        NotImplementedError: `adapt` is used.
 
     Example:
         >>> optimizer = OscGD(model.named_parameters(), lr=0.1)
@@ -93,7 +94,7 @@ class OscGD(Optimizer):
         layers: Layers = "module",
         every: int = 1,
         sample: float = 1.0,
-        adapt: None = None,
+        adapt: str | Policy | None = None,
         backend: str = "auto",
         history: History | None = None,
     ) -> None:
@@ -101,8 +102,7 @@ class OscGD(Optimizer):
             raise ValueError(f"Invalid every: {every!r}; use a whole number of steps, 1 or more")
         if not (isinstance(sample, int | float) and 0.0 < sample <= 1.0):
             raise ValueError(f"Invalid sample: {sample!r}; use a fraction greater than 0 and at most 1")
-        if adapt is not None:
-            raise NotImplementedError(f"adapt={adapt!r} is not available yet; use adapt=None")
+        policy = resolve(adapt)
         if history is not None and not isinstance(history, History):
             raise TypeError(f"history must be an oscopt.History or None, not {type(history).__name__}")
         defaults = {
@@ -130,6 +130,8 @@ class OscGD(Optimizer):
         self._every = every
         self._sample = float(sample)
         self._backend = backend
+        self._policy = policy
+        self._adapter: Adapter | None = None
         self._history = History() if history is None else history
         self._engine: Engine | None = None
         self._ranks: Ranks | None = None
@@ -162,9 +164,18 @@ class OscGD(Optimizer):
 
     @property
     def step_scale(self) -> Tensor:
-        """Multiplier of the learning rate of each layer: float64, shape (L,), all ones without adaptation."""
+        """Multiplier of each layer's learning rate in the next step: float64, shape (L,), on the device."""
         engine = self._ensure_engine()
-        return torch.ones(len(engine.layer_names), dtype=torch.float64, device=engine.device)
+        if self._adapter is None:
+            return torch.ones(len(engine.layer_names), dtype=torch.float64, device=engine.device)
+        self._history.settle()
+        return self._adapter.scale
+
+    @property
+    def rejected_scales(self) -> Tensor:
+        """How many scales of the policy were negative or not finite, and so not used: int64, 0-dim."""
+        self._ensure_engine()
+        return torch.zeros((), dtype=torch.int64) if self._adapter is None else self._adapter.rejected
 
     @property
     def history(self) -> History:
@@ -318,6 +329,11 @@ class OscGD(Optimizer):
         if self._assigned:
             self._ensure_engine()  # ranks that share parameters meet here, not where one of them reads
 
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``; the scales of `adapt` are in the first group."""
+        self._show_scales()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.load_state_dict``; also takes the state of a ``torch.optim.SGD``.
 
@@ -327,11 +343,19 @@ class OscGD(Optimizer):
         for group in self.param_groups:
             group.setdefault("step", self._history.next_step)
         self._history.cut(self.param_groups[0]["step"])
-        self._engine = None
+        self._engine = self._adapter = None
+
+    def _show_scales(self) -> None:
+        """Put what adaptation has come to into the first group, where states are saved from."""
+        if self._adapter is not None:
+            self._history.settle()
+            self.param_groups[0].update(self._adapter.state())
 
     def __getstate__(self) -> dict[str, Any]:
+        self._show_scales()
         own = {
-            name: getattr(self, name) for name in ("_every", "_sample", "_backend", "_history", "_assigned")
+            name: getattr(self, name)
+            for name in ("_every", "_sample", "_backend", "_history", "_assigned", "_policy")
         }
         own["_layers"] = self._layers if isinstance(self._layers, str) else dict(self._assigned)
         return super().__getstate__() | own
@@ -344,6 +368,7 @@ class OscGD(Optimizer):
         if any(group["fused"] for group in self.param_groups):
             self._step_supports_amp_scaling = True
         self._engine, self._ranks, self._hyper = None, getattr(self, "_ranks", None), ()
+        self._adapter = None
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-2]}\nbackend: {self.backend}, {len(self.layer_names)} layers\n)"
@@ -370,6 +395,8 @@ class OscGD(Optimizer):
         """The engine of the parameters as they are now."""
         if self._engine is None or self._engine.stale(self.state):
             params = [p for group in self.param_groups for p in group["params"]]
+            if self._policy is not None:
+                self._adapter = self._new_adapter(params[0].device)
             engine = Engine(
                 names=list(self._assigned),
                 params=params,
@@ -381,11 +408,23 @@ class OscGD(Optimizer):
                 backend=self._backend,
                 history=self._history,
                 ranks=self._ranks,
+                adapter=self._adapter,
             )
             if self._engine is not None:
                 engine.windows = self._engine.windows
             self._engine, self._ranks = engine, engine.ranks
         return self._engine
+
+    def _new_adapter(self, device: torch.device) -> Adapter:
+        """What decides on the layers' scales, going on from the state in the first group."""
+        self._show_scales()
+        adapted: dict[str, bool] = {}
+        names = iter(self._assigned.values())
+        for group in self.param_groups:
+            for layer in (next(names) for _ in group["params"]):
+                if layer is not None:
+                    adapted[layer] = adapted.get(layer, True) and group.get("adapt", True)
+        return Adapter(self._policy, list(adapted.values()), device, self.param_groups[0])
 
 
 def _number(value: float | Tensor) -> float:

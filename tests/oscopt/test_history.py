@@ -21,7 +21,7 @@ def record(history: History, first: int, last: int, layers: int = 2, lr=lambda t
     """Steps `first` to `last` - 1, whose sums tell their step."""
     history.add_layers([f"layer{i}" for i in range(layers)])
     for t in range(first, last):
-        history.next_row(CPU)[:] = torch.arange(5.0)[:, None] + 10 * t + 0.5 * torch.arange(layers)
+        history.next_row(CPU)[:] = torch.arange(7.0)[:, None] + 10 * t + 0.5 * torch.arange(layers)
         history.commit(t, np.full(layers, lr(t)), np.full(layers, lr(t - 1)))
     return history
 

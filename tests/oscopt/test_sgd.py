@@ -320,8 +320,6 @@ def test_bad_arguments(options):
 
 def test_bad_arguments_of_other_kinds():
     net = small_net()
-    with pytest.raises(NotImplementedError, match="adapt='auto' is not available"):
-        OscGD(net.parameters(), adapt="auto")
     with pytest.raises(TypeError, match=r"history must be an oscopt\.History"):
         OscGD(net.parameters(), history=[])
     with pytest.raises(ValueError, match="empty parameter list"):

@@ -1,0 +1,291 @@
+"""Step adaptation: rules that turn what a step has measured into the next multiplier of the learning rate.
+
+A layer's update is p -= lr * s * (...), with s its *scale*, 1 at the start. ``OscGD(..., adapt=policy)`` asks
+a policy for the scales after every measured step. A policy is a callable::
+
+    def policy(measured: Measured) -> Tensor: ...
+
+that gets tensors of shape (L,) on the parameters' device and returns one, the new scales, all by tensor
+operations: no `.item()`, so that nothing waits for the device. Attributes that it may have:
+
+* `lag`: 1 (the default): the scales decided in step t hold in step t + 1, so that a step is one pass over
+  memory; 0: measure, decide, update, in two passes, as most papers have it.
+* `granularity`: "layer" (the default), or "global": it gets sums over all adapted layers, of shape (1,), and
+  one scale holds for all of them.
+* `bounds`: the least and the largest scale; default: None, no bounds.
+* `warmup`: measured steps before the first change; default: 0.
+* `state`: a dict of tensors of the same shape, saved in the optimizer's state.
+
+A layer without a valid pair of gradients (the first step, a gradient that is zero or not finite) keeps its
+scale, whatever the policy says of it. The displacement and the curvature are those of plain gradient descent:
+with momentum or weight decay the rules are heuristics.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import measures
+
+Policy = Callable[["Measured"], Tensor]
+
+_KEY, _SEEN, _OWN = "step_scale", "steps_adapted", "policy_"  # in the optimizer's first parameter group
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step knows of each layer: float64 tensors of shape (L,), or (1,) for all layers together.
+
+    Attributes:
+        dot, sq_norm, diff_sq_norm, prev_sq_norm: the sums of :data:`oscopt.kernels.SUMS`.
+        scale: the scale that was in force when they were measured.
+        lr: the learning rate that the new scale will multiply (as far as known: that of this step).
+        prev_step: learning rate times scale of the last step, from x_{t-1} to x_t.
+    """
+
+    dot: Tensor
+    sq_norm: Tensor
+    diff_sq_norm: Tensor
+    prev_sq_norm: Tensor
+    scale: Tensor
+    lr: Tensor
+    prev_step: Tensor
+
+    @property
+    def correlation(self) -> Tensor:
+        """mu, in [-1, 1]."""
+        return measures.correlation(self.dot, self.sq_norm, self.prev_sq_norm)
+
+    @property
+    def sharpness(self) -> Tensor:
+        """eta s kappa: the last step's size times the curvature along it; 2 is the edge of stability."""
+        return 1.0 - self.dot / self.prev_sq_norm
+
+    @property
+    def displacement(self) -> Tensor:
+        """||x_t - x_{t-1}||."""
+        return self.prev_step * self.prev_sq_norm.sqrt()
+
+    def together(self, chosen: Tensor) -> Measured:
+        """All `chosen` layers (bool, (L,)) as one.
+
+        Its `prev_step` is such that the displacement is that of all; `scale` and `lr` are their largest.
+        """
+        sums = {f.name: torch.where(chosen, getattr(self, f.name), 0.0) for f in fields(self)}
+        total = {name: value.sum(0, keepdim=True) for name, value in sums.items()}
+        moved = (sums["prev_step"] ** 2 * sums["prev_sq_norm"]).sum(0, keepdim=True)
+        total["prev_step"] = (moved / total["prev_sq_norm"]).sqrt()
+        for name in ("scale", "lr"):
+            total[name] = sums[name].amax(0, keepdim=True)
+        return Measured(**total)
+
+
+@dataclass(kw_only=True)
+class _Rule:
+    """What the policies here share."""
+
+    granularity: str = "layer"
+    bounds: tuple[float, float] | None = None
+    warmup: int = 0
+    lag: int = 1
+
+    def __post_init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+
+@dataclass
+class CosineStep(_Rule):
+    """s <- s exp(beta (mu - target)), within `bounds`.
+
+    With target 0 it is the multiplicative, normalised hypergradient rule: the step grows while adjacent
+    gradients agree and shrinks while they oppose each other. On a quadratic of a single curvature h it holds
+    lr s within a factor exp(2 beta) of 1/h; exp(beta) with ``lag=0``.
+
+    Args:
+        beta: how fast, per step; greater than 0.
+        target: the correlation that is held, in (-1, 1).
+    """
+
+    beta: float = 0.05
+    target: float = 0.0
+    bounds: tuple[float, float] | None = field(default=(1e-3, 1e3), kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.beta > 0 and math.isfinite(self.beta)):
+            raise ValueError(f"Invalid beta: {self.beta}; it must be finite and greater than 0")
+        if not -1 < self.target < 1:
+            raise ValueError(f"Invalid target: {self.target}; a correlation between -1 and 1 is needed")
+
+    def __call__(self, measured: Measured) -> Tensor:
+        return measured.scale * torch.exp(self.beta * (measured.correlation - self.target))
+
+
+@dataclass
+class Hypergradient(_Rule):
+    """lr_t = lr_{t-1} + beta <g_t, g_{t-1}>: SGD-HD (Baydin et al., ICLR 2018, Algorithm 4).
+
+    The published rule is that with ``lag=0`` (the default here) and ``granularity="global"``.
+
+    Args:
+        beta: the hypergradient learning rate, greater than 0.
+    """
+
+    beta: float = 1e-3
+    lag: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.beta > 0 and math.isfinite(self.beta)):
+            raise ValueError(f"Invalid beta: {self.beta}; it must be finite and greater than 0")
+
+    def __call__(self, measured: Measured) -> Tensor:
+        # A rate below 0, which the published rule allows, would climb: it stops at 0.
+        return (measured.scale + self.beta * measured.dot / measured.lr).clamp_min(0.0)
+
+
+@dataclass
+class SecantStep(_Rule):
+    """Adaptive gradient descent (Malitsky and Mishchenko, ICML 2020, Algorithm 1), with lambda = lr s::
+
+        lambda_t = min(sqrt(1 + theta_{t-1}) lambda_{t-1}, ||x_t - x_{t-1}|| / (2 ||g_t - g_{t-1}||))
+        theta_t = lambda_t / lambda_{t-1},  theta_0 = inf
+
+    Needs no learning rate on convex problems: `lr` only makes the first step. The published rule is that with
+    ``lag=0`` and ``granularity="global"``, the defaults here.
+    """
+
+    granularity: str = field(default="global", kw_only=True)
+    lag: int = field(default=0, kw_only=True)
+
+    def __call__(self, measured: Measured) -> Tensor:
+        theta = self.state.get("theta")
+        if theta is None:
+            theta = torch.full_like(measured.scale, math.inf)
+        growing = torch.sqrt(1.0 + theta) * measured.prev_step
+        secant = measured.displacement / (2.0 * measured.diff_sq_norm.sqrt())
+        step = torch.minimum(growing, secant)
+        known = torch.isfinite(step) & (step > 0)
+        self.state["theta"] = torch.where(known, step / measured.prev_step, theta)
+        return step / measured.lr
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "cosine": CosineStep,
+    "hypergradient": Hypergradient,
+    "secant": SecantStep,
+}
+"""Policies by the names that ``adapt=`` takes."""
+
+
+def resolve(adapt: str | Policy | None) -> Policy | None:
+    """The policy that `adapt` means.
+
+    Raises:
+        ValueError: an unknown name, or an attribute of the policy that makes no sense.
+        TypeError: neither a name nor a callable.
+    """
+    if adapt is None:
+        return None
+    if isinstance(adapt, str):
+        if adapt not in POLICIES:
+            raise ValueError(f"Invalid adapt: {adapt!r}; use one of {', '.join(map(repr, POLICIES))}")
+        return POLICIES[adapt]()
+    if not callable(adapt) or isinstance(adapt, type):
+        raise TypeError(f"adapt must be a name, a policy object or None, not {adapt!r}")
+    if (bounds := getattr(adapt, "bounds", None)) is not None and not 0 < bounds[0] < bounds[1]:
+        raise ValueError(
+            f"Invalid bounds: {bounds}; give two positive scales, the smaller one first, or None"
+        )
+    if getattr(adapt, "lag", 1) not in (0, 1):
+        raise ValueError(f"Invalid lag: {adapt.lag!r}; use 1 (the next step) or 0 (this step)")
+    if getattr(adapt, "granularity", "layer") not in ("layer", "global"):
+        raise ValueError(f"Invalid granularity: {adapt.granularity!r}; use 'layer' or 'global'")
+    warmup = getattr(adapt, "warmup", 0)
+    if not (isinstance(warmup, int) and warmup >= 0):
+        raise ValueError(f"Invalid warmup: {warmup!r}; use a number of steps, 0 or more")
+    return adapt
+
+
+class Adapter:
+    """Holds the scales of L layers and lets a policy change them.
+
+    Args:
+        policy: from :func:`resolve`.
+        adapted: which layers it may change, bool, shape (L,).
+        device: where the scales lie.
+        state: what :meth:`state` returned, to go on from.
+    """
+
+    def __init__(
+        self, policy: Policy, adapted: list[bool], device: torch.device, state: dict[str, Any]
+    ) -> None:
+        self.policy = policy
+        self.lag = getattr(policy, "lag", 1)
+        self._together = getattr(policy, "granularity", "layer") == "global"
+        self._bounds = getattr(policy, "bounds", None) or (0.0, math.inf)
+        self._warmup = getattr(policy, "warmup", 0)
+        self._adapted = torch.tensor(adapted, dtype=torch.bool).to(device)
+        ones = torch.ones(len(adapted), dtype=torch.float64, device=device)
+        known = state.get(_KEY, ones[:0]).to(ones)
+        if len(known) > len(ones):
+            raise ValueError(f"the state has scales of {len(known)} layers, the optimizer has {len(ones)}")
+        self.scale = torch.cat([known, ones[len(known) :]])
+        """What multiplies the learning rate of each layer in the next step: float64, (L,)."""
+        self.used = self.scale
+        """What did so in the last one."""
+        self._seen = int(state.get(_SEEN, 0))
+        self.rejected = torch.zeros((), dtype=torch.int64, device=device)
+        """How many scales that are not finite or negative the policy has returned: 0-dim."""
+        self._warned = False
+        own = {key[len(_OWN) :]: value for key, value in state.items() if key.startswith(_OWN)}
+        if own:
+            policy.state.update({key: value.to(ones) for key, value in own.items()})
+        if len(known) < len(ones) and not self._together and getattr(policy, "state", None):
+            policy.state.clear()  # layers have been added
+
+    def state(self) -> Iterator[tuple[str, Any]]:
+        """What :class:`Adapter` takes to go on, by keys for a parameter group."""
+        yield _KEY, self.scale
+        yield _SEEN, self._seen
+        for key, value in getattr(self.policy, "state", {}).items():
+            yield _OWN + key, value
+
+    def decide(self, sums: Tensor, lr: Tensor, prev_step: Tensor) -> None:
+        """Let the policy see a step's `sums` (4, L) and set the scale.
+
+        Raises:
+            ValueError: the policy returns something of another shape.
+        """
+        self._seen += 1
+        measured = Measured(*sums, scale=self.scale, lr=lr, prev_step=prev_step)
+        valid = self._adapted & torch.isfinite(measured.correlation)
+        if self._together:
+            measured = measured.together(valid)
+        new = self.policy(measured)
+        shape = measured.scale.shape
+        if not isinstance(new, Tensor) or new.shape != shape:
+            what = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else repr(new)
+            raise ValueError(
+                f"the policy {self.policy!r} returned {what}; return scales of shape {tuple(shape)}"
+            )
+        if self._seen <= self._warmup:
+            return
+        good = torch.isfinite(new) & (new >= 0)
+        bad = valid & ~good
+        self.rejected = self.rejected + bad.sum()
+        if not self._warned and bad.device.type == "cpu" and bool(bad.any()):
+            self._warned = True
+            warnings.warn(
+                f"the policy {self.policy!r} returned a scale that is negative or not finite; the last good "
+                "ones are kept, here and from now on (rejected_scales counts them)",
+                stacklevel=2,
+            )
+        self.scale = torch.where(valid & good, new.to(self.scale).clamp(*self._bounds), self.scale)

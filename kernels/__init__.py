@@ -77,7 +77,7 @@ class BatchProtocol(Protocol):
         self,
         grads: Sequence[Tensor],
         prevs: Sequence[Tensor] | None,
-        bufs: Sequence[Tensor | None],
+        bufs: Sequence[Tensor | None] | None,
         copies: Sequence[bool] | None,
         rows: Sequence[int],
         hyper: Sequence[tuple[float, ...]] | None,
@@ -90,7 +90,7 @@ class BatchProtocol(Protocol):
             grads: gradients, with the sizes and strides of the parameters.
             prevs: the gradients to measure against, alike; None: update only. `prevs[i] is grads[i]`
                 where there is none.
-            bufs: momentum buffers, alike, or None where there is no momentum.
+            bufs: momentum buffers, alike, or None where there is no momentum; None: nowhere.
             copies: where True, `prevs[i]` holds the values of `grads[i]` afterwards. None: nowhere.
             rows: the row of `hyper` for each parameter.
             hyper: rows of :data:`HYPER`; None: measure only, nothing but `prevs` and `out` is written.

@@ -53,6 +53,7 @@ class Batch:
         self._tag = np.zeros(1, _STORAGE[dtype])
         self._itemsize = dtype.itemsize
         self._params = params
+        self._own = _addresses(params)
         sizes = np.array([p.numel() for p in params], np.int64)
         # A chunk of a sampled tensor holds whole groups of strata.
         group = np.array([BLOCK * GROUP * d.stratum for d in drawn or [NOTHING] * len(params)], np.int64)
@@ -92,10 +93,10 @@ class Batch:
         if len(self._work) and self._work[-1] > _SERIAL:
             threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)
         arguments = (
-            _addresses(self._params) if hyper is not None else _NO_ADDRESSES,
+            self._own if hyper is not None else _NO_ADDRESSES,
             _addresses(grads),
             _addresses(prevs) if prevs is not None else _NO_ADDRESSES,
-            _addresses(bufs) if any(b is not None for b in bufs) else _NO_ADDRESSES,
+            _addresses_of_some(bufs) if bufs is not None else _NO_ADDRESSES,
             np.array(copies, np.bool_) if copies is not None else np.zeros(0, np.bool_),
             self._rows[1],
             self._hyper[1],
@@ -130,7 +131,11 @@ class Batch:
         return self._shares[threads]
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
+def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+def _addresses_of_some(tensors: Sequence[Tensor | None]) -> np.ndarray:
     return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
 
 

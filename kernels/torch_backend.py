@@ -68,6 +68,7 @@ class Batch:
                     measure = sums if self._drawn is None else partial(_sample, self._drawn[i])
                     out[:, layer] += measure(grads[i], prevs[i])
             out.masked_fill_(~out.isfinite(), torch.nan)
+        bufs = bufs or [None] * len(grads)
         if hyper is not None:
             for row in sorted(set(rows)):
                 for momentum in (False, True):

@@ -342,6 +342,7 @@ class Batch:
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         measure = prevs is not None
+        bufs = bufs or [None] * len(grads)
         pointers, flags = self._table(grads, prevs, bufs, copies)
         whole = measure and self._drawn is None
         if len(self._tensor) and (whole or hyper is not None):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter, eq
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ SAMPLE = "prev_sample"
 SAMPLE_LAYOUT = "prev_sample_layout"
 """Key of the strides that these blocks were cut by."""
 
+_GRAD, _DTYPE, _REQUIRES_GRAD, _VERSION = map(attrgetter, ("grad", "dtype", "requires_grad", "_version"))
+
 _PLANS = 8  # patterns of missing gradients whose plans are kept
 
 
@@ -54,8 +57,6 @@ class Slot:
     stride: tuple[int, ...]
     dense: bool
     copied: bool  # the previous gradient is ours, the kernel copies into it
-    prev: Tensor | None = None  # the previous gradient, as a tensor like `param`
-    version: int = 0  # of it, when it was kept
     sample: Tensor | None = None  # the kept blocks of it, when only a part is measured
     state: dict[str, Any] | None = None  # None: there is none yet
 
@@ -116,7 +117,17 @@ class Engine:
                     state=states.get(p),
                 )
             )
+        self.params = list(params)
+        self.rows = [2 * group for group in groups]
+        """The row of hyperparameters of every parameter, as :class:`oscopt.OscGD` makes them."""
         self._plain = all(slot.outer is slot.param for slot in self.slots)
+        self._everyone = list(range(len(self.slots)))
+        self._addresses = [slot.address for slot in self.slots]
+        self._sizes = [slot.param.numel() for slot in self.slots]
+        self._dtypes = [slot.param.dtype for slot in self.slots]
+        self._devices = [slot.param.get_device() for slot in self.slots]
+        self._strides = [slot.stride for slot in self.slots]
+        self._contiguous = all(slot.param.is_contiguous() for slot in self.slots)
         devices = dict.fromkeys(slot.param.device for slot in self.slots)
         self.backends = {device: kernels.backend(backend, device) for device in devices}
         self.backend = "+".join(dict.fromkeys(module.NAME for module in self.backends.values()))
@@ -135,12 +146,20 @@ class Engine:
         """Whether the last gradients lay where the parameters lie, and in their order."""
         self._last_row: Tensor | None = None
         self._plans: dict[tuple, list[tuple[list[int] | None, kernels.Plan]]] = {}
-        for slot in self.slots:
+        self._prev: list[Tensor | None] = [None] * len(self.slots)
+        """The previous gradients, as tensors like `param`."""
+        self._version = [0] * len(self.slots)
+        """Their versions when they were kept."""
+        for i, slot in enumerate(self.slots):
             if slot.state is not None:
-                self._take_up(slot)
+                self._take_up(i, slot)
         self._kept = [
-            i for i, slot in enumerate(self.slots) if slot.prev is not None or slot.sample is not None
+            i for i, slot in enumerate(self.slots) if self._prev[i] is not None or slot.sample is not None
         ]
+        self._by_reference = False
+        """Whether all previous gradients are those of the last step themselves."""
+        self._state_dicts: list[dict[str, Any]] = []
+        self._all_measured = all(slot.layer >= 0 for slot in self.slots)
         self._rates: dict[tuple[float, ...], np.ndarray] = {}
         self.windows: list[Window] = []
 
@@ -155,9 +174,8 @@ class Engine:
         """
         if states is not self._states or (not states and any(slot.state for slot in self.slots)):
             return True
-        if self._plain:
-            return any(slot.param.data_ptr() != slot.address for slot in self.slots)
-        return any(bare(slot.outer).data_ptr() != slot.address for slot in self.slots)
+        params = self.params if self._plain else map(bare, self.params)
+        return list(map(Tensor.data_ptr, params)) != self._addresses
 
     def state(self, slot: Slot) -> dict[str, Any]:
         """The state of its parameter, to be written."""
@@ -219,11 +237,14 @@ class Engine:
     def let_go(self) -> None:
         """Hold no gradient any more."""
         for slot in self.slots:
-            slot.prev = slot.sample = slot.state = None
+            slot.sample = slot.state = None
+        self._prev, self._by_reference = [None] * len(self.slots), False
         self._kept, self.windows = [], []
 
     def gradients(self) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
         """The gradients: as real tensors in memory with the parameters' strides, and as users have them.
+
+        It is one list, twice, where every parameter has a gradient that can be taken as it is.
 
         Raises:
             RuntimeError: a gradient is sparse, or the process group of sharded parameters is gone.
@@ -233,8 +254,11 @@ class Engine:
         """
         if self.ranks is not None:
             self.ranks.check()
-        grads = [slot.outer.grad for slot in self.slots]
-        wholes: Sequence[Tensor | None] = grads
+        grads = list(map(_GRAD, self.params))
+        if self._regular(grads):
+            self.fits = True
+            return grads, grads
+        wholes: Sequence[Tensor | None] = list(grads)
         if not self._plain:
             wholes = [_placed(slot, g) for slot, g in zip(self.slots, grads, strict=True)]
             grads = [None if g is None else bare(g) for g in wholes]
@@ -257,12 +281,31 @@ class Engine:
                 grads[i], self.fits = _like(slot, g), False
         return grads, wholes
 
+    def _regular(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether every parameter has a gradient that is like it: the usual case, told at C's speed."""
+        if not self._plain:
+            return False
+        try:
+            if self._contiguous:  # makes no tuples, which the garbage collector would count
+                alike = all(map(Tensor.is_contiguous, grads))
+            else:
+                alike = list(map(Tensor.stride, grads)) == self._strides
+            return (
+                alike
+                and list(map(Tensor.numel, grads)) == self._sizes
+                and list(map(_DTYPE, grads)) == self._dtypes
+                and list(map(Tensor.get_device, grads)) == self._devices
+                and not any(map(_REQUIRES_GRAD, grads))
+            )
+        except (TypeError, AttributeError, RuntimeError):  # there is none, or a sparse one
+            return False
+
     def step(
         self,
         step: int,
         grads: Sequence[Tensor | None],
         wholes: Sequence[Tensor | None],
-        bufs: Sequence[Tensor | None],
+        bufs: Sequence[Tensor | None] | None,
         rows: Sequence[int],
         hyper: Sequence[tuple[float, ...]] | None,
         lr: tuple[float, ...],
@@ -272,11 +315,12 @@ class Engine:
 
         Args:
             step: its number, from 0.
-            grads, wholes: from :meth:`gradients`.
+            grads, wholes: from :meth:`gradients`, or like it.
             bufs, rows, hyper: for every parameter, as :class:`oscopt.kernels.BatchProtocol` has them.
             lr, prev_lr: the learning rates of every parameter group in this step and the one before.
         """
-        present = [i for i, g in enumerate(grads) if g is not None]
+        regular = grads is wholes
+        present = self._everyone if regular else [i for i, g in enumerate(grads) if g is not None]
         measured = (step + 1) % self._every == 0
         keep = (step + 2) % self._every == 0
         prevs, copies, lost, sums = None, None, [], None
@@ -288,7 +332,7 @@ class Engine:
             prevs, copies, lost = self._pairs(grads, wholes, present)
             sums = row[:4]  # zeros until now
         if prevs is not None or hyper is not None:
-            for n, (index, plan) in enumerate(self._plan(present, grads)):
+            for n, (index, plan) in enumerate(self._plan(present, grads, regular)):
                 out = sums
                 if n and sums is not None:
                     out = torch.empty_like(sums, device=plan.device)
@@ -348,6 +392,11 @@ class Engine:
 
     def _pairs(self, grads, wholes, present) -> tuple[list, list[bool] | None, Sequence[int]]:
         """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
+        if grads is wholes and self._by_reference:
+            addresses = map(Tensor.data_ptr, grads)
+            reused = map(eq, map(Tensor.data_ptr, self._prev), addresses)
+            if list(map(_VERSION, self._prev)) == self._version and not any(reused):
+                return self._prev, None, []
         prevs: list[Tensor | None] = list(grads)
         copies = None
         lost: set[int] = set()
@@ -355,28 +404,30 @@ class Engine:
             slot, g = self.slots[i], grads[i]
             if slot.layer < 0:
                 continue
-            prev = slot.prev
+            prev = self._prev[i]
             if prev is None or prev.dtype != g.dtype:
                 lost.add(slot.layer)
             elif slot.copied:
                 prevs[i] = prev
                 copies = copies or [False] * len(grads)
                 copies[i] = True
-            elif prev is g or prev._version != slot.version or prev.data_ptr() == g.data_ptr() != 0:
+            elif prev is g or prev._version != self._version[i] or prev.data_ptr() == g.data_ptr() != 0:
                 lost.add(slot.layer)
-                self._copy(slot, wholes[i])
+                self._copy(i, wholes[i])
             else:
                 prevs[i] = prev
         if self._kept != present:
             lost.update(self.slots[i].layer for i in set(self._kept).symmetric_difference(present))
         return prevs, copies, sorted(lost - {-1})
 
-    def _copy(self, slot: Slot, whole: Tensor) -> None:
+    def _copy(self, i: int, whole: Tensor) -> None:
         """Keep a copy of a gradient, from now on."""
+        slot = self.slots[i]
         state = self.state(slot)
         state[PREVIOUS] = torch.empty_like(slot.outer, dtype=whole.dtype).copy_(whole.detach())
-        slot.prev = bare(state[PREVIOUS])
+        self._prev[i] = bare(state[PREVIOUS])
         slot.copied = state[COPIED] = True
+        self._by_reference = False
 
     def keep(self, grads, wholes, kept: list[int], copied: bool) -> None:
         """Keep the gradients of the slots `kept` for the next step, and no others.
@@ -385,24 +436,36 @@ class Engine:
         """
         if kept != self._kept:
             for i in set(self._kept).difference(kept):
-                self.slots[i].prev = None
+                self._prev[i] = None
                 self.state(self.slots[i]).pop(PREVIOUS, None)
+        usual = grads is wholes and kept is self._everyone and self._all_measured
+        if usual and (self._by_reference or not any(slot.copied for slot in self.slots)):
+            if not self._by_reference:
+                self._state_dicts = [self.state(slot) for slot in self.slots]
+            for state, g in zip(self._state_dicts, grads, strict=True):
+                state[PREVIOUS] = g
+            self._prev, self._version = grads, list(map(_VERSION, grads))
+            self._kept, self._by_reference = kept, True
+            return
+        self._prev, self._version, self._by_reference = list(self._prev), list(self._version), False
         for i in kept:
             slot, g = self.slots[i], grads[i]
             if slot.home < 0:
                 continue
             if not slot.copied:
                 self.state(slot)[PREVIOUS] = g if slot.outer is slot.param else wholes[i].detach()
-                slot.prev, slot.version = g, g._version
-            elif slot.prev is None or slot.prev.dtype != g.dtype:
-                self._copy(slot, wholes[i])
+                self._prev[i], self._version[i] = g, g._version
+            elif self._prev[i] is None or self._prev[i].dtype != g.dtype:
+                self._copy(i, wholes[i])
             elif not copied or slot.layer < 0:
-                slot.prev.copy_(g)
+                self._prev[i].copy_(g)
         self._kept = kept
 
-    def _plan(self, present, grads) -> list[tuple[list[int] | None, kernels.Plan]]:
+    def _plan(self, present, grads, regular: bool) -> list[tuple[list[int] | None, kernels.Plan]]:
         """For each device, its slots (None: all) and its plan."""
-        odd = [(i, grads[i].dtype) for i in present if grads[i].dtype != self.slots[i].dtype]
+        odd = []
+        if not regular:
+            odd = [(i, grads[i].dtype) for i in present if grads[i].dtype != self.slots[i].dtype]
         everything = len(present) == len(self.slots)
         key = (None if everything else tuple(present), tuple(odd))
         if key not in self._plans:
@@ -427,7 +490,7 @@ class Engine:
             ]
         return self._plans[key]
 
-    def _take_up(self, slot: Slot) -> None:
+    def _take_up(self, i: int, slot: Slot) -> None:
         """Go on with what an optimizer's state holds of a parameter; forget what was kept in another mode.
 
         Raises:
@@ -451,8 +514,8 @@ class Engine:
             if _like(slot, value) is not value:
                 state[key] = torch.empty_like(slot.outer, dtype=state[key].dtype).copy_(state[key])
         if state.get(PREVIOUS) is not None:
-            slot.prev = bare(state[PREVIOUS])
-            slot.version = slot.prev._version
+            self._prev[i] = bare(state[PREVIOUS])
+            self._version[i] = self._prev[i]._version
         slot.copied = state.get(COPIED, False)
         slot.sample = state.get(SAMPLE)
 

@@ -213,11 +213,10 @@ class OscMonitor:
         return True
 
     def _measure(self, what: str, grads: list[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
-        nothing = [None] * len(grads)
         engine = self._engines[what]
         engine.history.cut(self._step)  # a step that failed halfway has left its row
         rows = [0] * len(grads)
-        engine.step(self._step, grads, wholes, nothing, rows, None, self._lr(), self._prev_lr)
+        engine.step(self._step, grads, wholes, None, rows, None, self._lr(), self._prev_lr)
 
     def _lr(self) -> tuple[float, ...]:
         rates = (group.get("lr", math.nan) for group in self._optimizer.param_groups)

@@ -241,9 +241,10 @@ class OscGD(Optimizer):
         if tuple(hyper) != self._hyper:
             self._hyper = tuple(hyper)
         differentiable = any(group["differentiable"] for group in self.param_groups)
-        bufs: list[Tensor | None] = [None] * len(grads)
-        rows = [2 * slot.group for slot in engine.slots]
+        bufs: list[Tensor | None] | None = None
+        rows = engine.rows
         if any(row[1] for row in hyper) and not differentiable:
+            bufs, rows = [None] * len(grads), list(rows)
             for i, slot in enumerate(engine.slots):
                 if grads[i] is not None and hyper[rows[i]][1]:
                     state = engine.state(slot)
@@ -265,9 +266,10 @@ class OscGD(Optimizer):
             self._update_differentiably()
         else:
             # Kernels write through raw pointers: autograd must learn of it.
-            increment_version(
-                [slot.outer for slot, g in zip(engine.slots, grads, strict=True) if g is not None]
-            )
+            present = engine.params
+            if grads is not wholes:
+                present = [p for p, g in zip(present, grads, strict=True) if g is not None]
+            increment_version(present)
         for group, lr in zip(self.param_groups, rates, strict=True):
             group["step"], group["prev_lr"] = step + 1, lr
 

@@ -4,6 +4,7 @@
     python benchmarks/run.py --experiment fig2 --preset paper --data-root data
     python benchmarks/run.py --model cnn --optimizer adam --beside runs/fig2-mnist5k-small
     python benchmarks/run.py --resume --out runs/fig5-mnist5k-small
+    torchrun --nproc-per-node 2 benchmarks/run.py --model resnet18 --micro-batch 250
 
 Exit codes: 0 done, 2 bad input or a full disk, 3 the loss diverged, 130 and 143 interrupted.
 """
@@ -16,8 +17,10 @@ import math
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,12 +208,17 @@ def _duration(seconds: float) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    from study import parallel
+
+    ranks = parallel.start()
+    if ranks.rank > 0:
+        return follow(ranks, options)
     folder = None
     try:
         options.claims = None if options.claims is None else check_claims(options.claims.split(","))
         beside = None if options.beside is None else read_beside(options.beside)
         folder, config = open_folder(options)
-        return _run(folder, config, options, beside)
+        return _run(folder, config, options, beside, ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -218,8 +226,27 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted at once; the last checkpoint is whole", file=sys.stderr)
         return 130
     finally:
+        ranks.close()
         if folder is not None:
             folder.close()
+
+
+def follow(ranks, options: argparse.Namespace) -> int:
+    """Be one of the other processes of a run: whatever comes, the first one decides."""
+    from study.train import Trainer
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if (begin := ranks.hear()) is not None:
+        config, state = begin
+        trainer = Trainer(config, options.data_root, ranks)
+        if state is not None:
+            trainer.load_state_dict(state)
+        while ranks.hear() is not None:
+            with suppress(Diverged):
+                trainer.epoch()
+    ranks.close()
+    return 0
 
 
 def check_claims(names: list[str]):
@@ -234,11 +261,11 @@ def read_beside(path: str):
     return results.read(path)
 
 
-def _run(folder, config: Config, options: argparse.Namespace, beside) -> int:
+def _run(folder, config: Config, options: argparse.Namespace, beside, ranks) -> int:
     from study import results
     from study.train import Trainer, run
 
-    trainer = Trainer(config, options.data_root)
+    trainer, state = Trainer(config, options.data_root, ranks), None
     if options.resume:
         state, note = folder.load_checkpoint()
         if note:
@@ -246,13 +273,18 @@ def _run(folder, config: Config, options: argparse.Namespace, beside) -> int:
         if state is not None:
             trainer.load_state_dict(state)
         print(f"resuming {folder.path} at epoch {len(trainer.progress)}")
+    ranks.say((config, state))
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
         f"{config.model} with {parameters:,} parameters in {len(trainer.meter.layer_names)} layers, "
         f"{trainer.count:,} pictures of {config.dataset}, {config.optimizer} lr {config.lr:g}, "
         f"{config.epochs} epochs, on {config.device} "
-        f"({trainer.meter.backend} kernels, {config.threads} threads)"
+        f"({trainer.meter.backend} kernels, {config.threads} threads"
+        f"{f', {ranks.size} processes' if ranks.size > 1 else ''})"
     )
+    if len(trainer.batches) < ranks.size:
+        least = -(-trainer.count // ranks.size)
+        print(f"some processes have nothing to do: with --micro-batch {least} there is a part for each")
     display, code, state = Display(config.epochs), 0, results.FINISHED
     every = {"checkpoint_seconds": options.checkpoint_seconds, "checkpoint_epochs": options.checkpoint_epochs}
     try:
@@ -279,4 +311,6 @@ def _run(folder, config: Config, options: argparse.Namespace, beside) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from study.parallel import leave
+
+    leave(main())

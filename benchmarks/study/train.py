@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from oscopt import History, OscGD, OscMonitor, Window
 
-from . import data, models
+from . import data, models, parallel
 from .config import WINDOW, Config
 from .errors import Diverged, Interrupted, UserError
 from .folder import Folder
@@ -54,11 +54,14 @@ class Trainer:
         matrices: epoch -> {"global": (h, h), "first": ..., "last": ...} of the windows so far.
     """
 
-    def __init__(self, config: Config, data_root: str | None = None) -> None:
+    def __init__(
+        self, config: Config, data_root: str | None = None, ranks: parallel.Ranks | None = None
+    ) -> None:
+        self.ranks = ranks or parallel.Ranks()
         torch.set_num_threads(config.threads)
         _set_precision(config)
         self.config = config
-        self.device = torch.device(config.device)
+        self.device = self.ranks.device(config.device)
         pictures, labels = data.load(
             config.dataset, config.n_train, config.image_size, data_root, config.seed
         )
@@ -111,8 +114,11 @@ class Trainer:
             Diverged: the loss is not finite; the weights and the record are those before.
         """
         number = len(self.progress)
+        if self.ranks.rank == 0:
+            self.ranks.say("another epoch")
         every = self.config.sharpness_every
-        sharpness = self.sharpness() if every and number % every == 0 else math.nan
+        wanted = every and number % every == 0 and self.ranks.rank == 0
+        sharpness = self.sharpness() if wanted else math.nan
         started = time.perf_counter()
         if self.opens_window:
             self._window = (number, self.meter.window(WINDOW))
@@ -136,15 +142,20 @@ class Trainer:
         """The mean loss over all pictures, its gradient in the parameters, the number of right answers."""
         self.optimizer.zero_grad(set_to_none=True)
         losses, answers = [], []
-        for x, y in self.batches:
+        batches = self.ranks.mine(self.batches)
+        for x, y in batches:
             with self._precision():
                 scores = self._forward(x)
                 loss = F.cross_entropy(scores, y, reduction="sum") / self.count
             loss.backward()
             losses.append(loss.detach())
             answers.append(scores.detach())
+        if not batches:  # more processes than micro-batches
+            return self.ranks.add_up(self.model, *torch.zeros(2, device=self.device))
         # All at once: small operations in the loop would be felt.
-        return torch.stack(losses).sum(), (torch.cat(answers).argmax(1) == self._labels).sum()
+        labels = self._labels if self.ranks.size == 1 else torch.cat([y for _, y in batches])
+        correct = (torch.cat(answers).argmax(1) == labels).sum()
+        return self.ranks.add_up(self.model, torch.stack(losses).sum(), correct)
 
     def sharpness(self) -> float:
         """The largest eigenvalue of the Hessian of the loss that `backward` takes; changes nothing.

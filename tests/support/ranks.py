@@ -44,3 +44,5 @@ def _work(rank: int, world: int, folder: str, functions, arguments) -> None:
             Path(f"{folder}/{function.__name__}-{rank}.failed").write_text(traceback.format_exc())
         if dist.is_initialized():
             dist.destroy_process_group()
+    # Taken down by the interpreter, gloo's threads now and then abort the process (seen with torch 2.14).
+    os._exit(0)

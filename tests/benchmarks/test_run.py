@@ -105,7 +105,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert all(torch.equal(matrices[0][epoch][k], matrices[1][epoch][k]) for k in matrices[0][epoch])
 
 
-@pytest.mark.parametrize("model", ["linear", "cnn", "vgg16", "resnet18", "resnet34"])
+@pytest.mark.parametrize("model", ["linear", "cnn", "cnn_bn", "vgg16", "resnet18", "resnet34"])
 def test_every_model_end_to_end(tmp_path, model, call_and_draw):
     out = tmp_path / "run"
     done = call_and_draw("--model", model, "--preset", "small", "--epochs", 3, "--out", out, *FAST)

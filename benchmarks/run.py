@@ -188,10 +188,11 @@ class Display:
         self._last = now
         speed = (done - self._first[1]) / (now - self._first[0]) if now > self._first[0] else float("nan")
         left = (self._epochs - done) / speed if speed > 0 else float("nan")
+        mu = trainer.meter.global_correlation.item()
         text = (
             f"epoch {done}/{self._epochs}  loss {progress.loss[-1]:.4f}  "
             f"accuracy {progress.accuracy[-1]:6.1%}  "
-            f"correlation {progress.correlation[-1]:+.3f}  {speed:.2f} epochs/s  {_duration(left)} left"
+            f"correlation {mu:+.3f}  {speed:.2f} epochs/s  {_duration(left)} left"
         )
         print(f"\r\x1b[2K{text}" if self._live else text, end="" if self._live else "\n", flush=True)
 

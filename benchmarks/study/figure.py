@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import matplotlib
@@ -36,7 +37,9 @@ _STYLE = {
     "svg.fonttype": "none",  # text stays text: a tenth of the size
     "svg.hashsalt": "oscopt",
 }
-_POINTS = 1500  # of a line; longer runs are drawn as the least and greatest value of so many stretches
+_POINTS = 1000  # of a line; longer runs are drawn as the least and greatest value of so many stretches
+
+_PATH, _LONG = re.compile(r' d="[^"]*"'), re.compile(r"-?\d+\.\d{3,}")
 
 Matrices = dict[int, dict[str, np.ndarray]]
 
@@ -152,10 +155,16 @@ def panels(record: Record, matrices: Matrices, config: Config) -> Iterator[tuple
 def svg(figure: Figure) -> str:
     """`figure` as an element of a page; closes it."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    with plt.rc_context(_STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     whole = text.getvalue()
-    return whole[whole.index("<svg") :]
+    # A hundredth of a point is finer than any screen or printer; more digits are half of the size.
+    return _PATH.sub(_rounded, whole[whole.index("<svg") :])
+
+
+def _rounded(path: re.Match) -> str:
+    return _LONG.sub(lambda number: f"{float(number[0]):.2f}", path[0])
 
 
 def plain_gd(config: Config) -> bool:

@@ -16,19 +16,25 @@ def linear(channels: int, image_size: int, width: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-def cnn(channels: int, image_size: int, width: int) -> nn.Module:
+def cnn(channels: int, image_size: int, width: int, *, batch_norm: bool = False) -> nn.Module:
     """Three blocks (3x3 convolution, ReLU, pooling) of 1, 2 and 4 times `width` channels, a linear layer."""
     blocks: OrderedDict[str, nn.Module] = OrderedDict()
     for i in range(3):
         out = width * 2**i
         convolution = nn.Conv2d(channels, out, kernel_size=3, padding=1)
+        norm = {"norm": nn.BatchNorm2d(out)} if batch_norm else {}
         blocks[f"block{i + 1}"] = nn.Sequential(
-            OrderedDict(conv=convolution, relu=nn.ReLU(), pool=nn.MaxPool2d(2))
+            OrderedDict(conv=convolution, **norm, relu=nn.ReLU(), pool=nn.MaxPool2d(2))
         )
         channels = out
     blocks["flatten"] = nn.Flatten()
     blocks["fc"] = nn.Linear(channels * (image_size // 8) ** 2, CLASSES)
     return nn.Sequential(blocks)
+
+
+def cnn_bn(channels: int, image_size: int, width: int) -> nn.Module:
+    """The same with batch norm after each convolution."""
+    return cnn(channels, image_size, width, batch_norm=True)
 
 
 def vgg16(channels: int, image_size: int, width: int) -> nn.Module:
@@ -79,10 +85,17 @@ def _resnet(blocks: tuple[int, ...], channels: int, width: int) -> nn.Module:
     return SmallPictureResNet()
 
 
-MODELS = {"linear": linear, "cnn": cnn, "vgg16": vgg16, "resnet18": resnet18, "resnet34": resnet34}
+MODELS = {
+    "linear": linear,
+    "cnn": cnn,
+    "cnn_bn": cnn_bn,
+    "vgg16": vgg16,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+}
 """By name: (channels, image_size, width) -> module."""
 
-SMALLEST = {"linear": 1, "cnn": 8, "vgg16": 32, "resnet18": 4, "resnet34": 4}
+SMALLEST = {"linear": 1, "cnn": 8, "cnn_bn": 8, "vgg16": 32, "resnet18": 4, "resnet34": 4}
 """The smallest pictures that each model takes, in pixels."""
 
 

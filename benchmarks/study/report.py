@@ -84,7 +84,7 @@ class Outcome:
 def index_page(title: str, notes: Iterable[str], outcomes: Sequence[Outcome]) -> str:
     """The page of a whole reproduction."""
     parts = [f"<h1>{_text(title)}</h1>", *(f'<p class="note">{_text(note)}</p>' for note in notes)]
-    parts.append('<h2>Claims</h2><div class="scroll"><table>')
+    parts.append('<h2>Claims</h2><div class="scroll"><table class="claims">')
     parts.append(
         "<tr><th>experiment</th><th>claim</th><th>rule</th><th>measured, by seed</th><th>held</th></tr>"
     )
@@ -136,7 +136,7 @@ def claims_table(verdicts: Sequence[Verdict]) -> str:
         for v in verdicts
     )
     header = "<tr><th>claim</th><th>rule</th><th>measured</th><th></th></tr>"
-    return f'<div class="scroll"><table>{header}{rows}</table></div>'
+    return f'<div class="scroll"><table class="claims">{header}{rows}</table></div>'
 
 
 def number(value: float) -> str:

@@ -37,7 +37,6 @@ class Progress:
 
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
-    correlation: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     sharpness: list[float] = field(default_factory=list)
 
@@ -49,8 +48,7 @@ class Trainer:
     """One run: model, data, optimizer and what was recorded.
 
     Attributes:
-        progress: loss, accuracy and sharpness (NaN: not asked for) before each step, the step's global
-            correlation, its seconds.
+        progress: loss, accuracy and sharpness (NaN: not asked for) before each step, the step's seconds.
         matrices: epoch -> {"global": (h, h), "first": ..., "last": ...} of the windows so far.
     """
 
@@ -101,7 +99,6 @@ class Trainer:
     def record(self) -> Record:
         """What has been recorded so far."""
         columns = {name: np.array(values, np.float64) for name, values in vars(self.progress).items()}
-        del columns["correlation"]  # the history has it
         updates = None if self.updates is None else self.updates.history
         return Record(self.history, updates=updates, **columns)
 
@@ -128,7 +125,6 @@ class Trainer:
         self.optimizer.step()
         self.progress.loss.append(loss.item())
         self.progress.accuracy.append(correct.item() / self.count)
-        self.progress.correlation.append(self.meter.global_correlation.item())
         self.progress.sharpness.append(sharpness)
         self.progress.seconds.append(time.perf_counter() - started)
         if self._window is not None and self._window[1].complete:

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import run
+import torch._dynamo  # noqa: F401  (an optimizer imports it, which takes a second)
 
 from oscopt.kernels import numba_backend  # noqa: F401
 from study import data, figure, train  # noqa: F401  (imported before the forks)

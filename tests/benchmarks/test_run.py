@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import run
@@ -26,7 +28,7 @@ from study_config import CONFIG
 from torch.nn import functional as F
 
 from oscopt import History
-from study import results, train
+from study import data, figure, results, train
 from study.errors import Interrupted, UserError
 from study.experiments import TABLE
 from study.folder import Folder
@@ -49,10 +51,29 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, str(RUN), *map(str, arguments)]
 
 
+data._mnist5k = functools.cache(data._mnist5k)  # takes a second to read
+
+
 @pytest.fixture
-def call(capsys):
+def undrawn(monkeypatch):
+    """Leaves out most figures: they take longer than the runs."""
+    monkeypatch.setattr(figure, "panels", lambda *_: ())
+    monkeypatch.setattr(figure, "draw_beyond", lambda *_: plt.figure())
+
+
+@pytest.fixture
+def call(capsys, undrawn):
     """run.py in this process: it takes seconds to start anew."""
-    threads = torch.get_num_threads()
+    return caller(capsys)
+
+
+@pytest.fixture
+def call_and_draw(capsys):
+    """The same with all figures."""
+    return caller(capsys)
+
+
+def caller(capsys):
 
     def run_here(*arguments: object) -> Done:
         capsys.readouterr()
@@ -62,8 +83,7 @@ def call(capsys):
             code = stop.code
         return Done(code, *capsys.readouterr())
 
-    yield run_here
-    torch.set_num_threads(threads)
+    return run_here
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -85,10 +105,10 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert all(torch.equal(matrices[0][epoch][k], matrices[1][epoch][k]) for k in matrices[0][epoch])
 
 
-@pytest.mark.parametrize("model", ["linear", "cnn", "vgg16", "resnet18", "resnet34"])
-def test_every_model_end_to_end(tmp_path, model, call):
+@pytest.mark.parametrize("model", ["linear", "cnn", "cnn_bn", "vgg16", "resnet18", "resnet34"])
+def test_every_model_end_to_end(tmp_path, model, call_and_draw):
     out = tmp_path / "run"
-    done = call("--model", model, "--preset", "small", "--epochs", 3, "--out", out, *FAST)
+    done = call_and_draw("--model", model, "--preset", "small", "--epochs", 3, "--out", out, *FAST)
     assert done.returncode == 0, done.stderr
     assert "preset small (as asked)" in done.stdout and re.search(r"loss +\d", done.stdout)
     names = {"config.json", "history.npz", "epochs.csv", "checkpoint.pt", "figure.svg", "figure.png"}
@@ -172,10 +192,10 @@ def test_other_claims(tmp_path, call):
     assert [(c["claim"], c["held"]) for c in claims] == [("smooth_first", True), ("suppressed", True)]
 
 
-def test_sharpness_is_recorded(tmp_path, call):
+def test_sharpness_is_recorded(tmp_path, call_and_draw):
     out = tmp_path / "run"
     options = ("--model", "cnn", "--epochs", 5, "--sharpness-every", 2, "--out", out)
-    assert call(*options, *FAST).returncode == 0
+    assert call_and_draw(*options, *FAST).returncode == 0
     values = [float(row["sharpness"]) for row in csv.DictReader((out / "epochs.csv").open())]
     assert np.isfinite(values).tolist() == [True, False, True, False, True]
     assert "largest of all directions" in (out / "layers.svg").read_text()
@@ -189,12 +209,11 @@ def test_experiment_and_layers(tmp_path, call):
     assert "fc.bias" in History.load(out / "history.npz").layer_names
 
 
-SLOW = ("--model", "cnn", "--preset", "small", "--epochs", "400", "--checkpoint-seconds", "0.01", *FAST)
+SLOW = ("--model", "cnn", "--preset", "small", "--epochs", "300", "--checkpoint-seconds", "0.01", *FAST)
 
 
-def test_killed_runs_resume_to_the_same_bits(tmp_path, call):
+def test_killed_runs_resume_to_the_same_bits(tmp_path, call, undisturbed):
     """kill -9 at 30 random moments, each time --resume: nothing differs from a run in one piece."""
-    assert call(*SLOW, "--out", tmp_path / "whole").returncode == 0
     driver = [
         sys.executable,
         str(Path(__file__).parent / "kill_driver.py"),
@@ -207,7 +226,7 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path, call):
     told = json.loads(done.stdout)
     assert told["kills"] == 30 and told["inside_a_write"] >= 3, told
     assert call("--resume", "--out", tmp_path / "killed").returncode == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(undisturbed, tmp_path / "killed")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -269,11 +288,10 @@ def test_checkpoints_every_so_many_epochs(tmp_path):
     assert kept == [3, 6, 7]
 
 
-def test_full_disk(tmp_path, call):
+def test_full_disk(tmp_path, call, undisturbed):
     """A checkpoint that grows over the largest file allowed: one line, and what was there stays whole."""
-    assert call(*SLOW, "--out", tmp_path / "whole").returncode == 0
     out = tmp_path / "run"
-    size = (tmp_path / "whole" / "checkpoint.pt").stat().st_size
+    size = (undisturbed / "checkpoint.pt").stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 20_000, before[1]))
     try:
@@ -283,10 +301,10 @@ def test_full_disk(tmp_path, call):
     assert_refused(done, "checkpoint.pt could not be written", "earlier files are whole")
     assert not [p.name for p in out.iterdir() if p.name.endswith(".part")]
     done_epochs = len(torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["loss"])
-    assert 20 <= done_epochs < 400
+    assert 20 <= done_epochs < 300
     done = call("--resume", "--out", out)
     assert done.returncode == 0 and f"at epoch {done_epochs}" in done.stdout
-    assert_same_run(tmp_path / "whole", out)
+    assert_same_run(undisturbed, out)
 
 
 def test_diverging_run_keeps_its_record(tmp_path, call):
@@ -380,21 +398,23 @@ def test_folders_that_hold_a_run(tmp_path, call):
     assert call("--resume", "--out", out).returncode == 0
 
 
-def undisturbed(call, folder: Path) -> Path:
-    assert call(*SLOW, "--out", folder).returncode == 0
-    return folder
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """The folder of a run of many checkpoints in one piece."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run.main([*SLOW, "--out", str(out)]) == 0
+    return out
 
 
-def test_damaged_checkpoints(tmp_path, call):
-    whole = undisturbed(call, tmp_path / "whole")
+def test_damaged_checkpoints(tmp_path, call, undisturbed):
+    whole = shutil.copytree(undisturbed, tmp_path / "whole")
     older = whole / "checkpoint-older.pt"
     assert older.exists()
     newest = whole / "checkpoint.pt"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     done = call("--resume", "--out", whole)
     assert done.returncode == 0 and "going on from checkpoint-older.pt" in done.stderr
-    reference = undisturbed(call, tmp_path / "reference")
-    assert_same_run(whole, reference)
+    assert_same_run(whole, undisturbed)
     for path in (newest, older):
         path.write_bytes(b"rubbish")
     assert_refused(call("--resume", "--out", whole), "are damaged", "--overwrite")

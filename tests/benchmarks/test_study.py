@@ -41,7 +41,9 @@ def test_seed_decides_everything():
     assert first.progress.loss == same.progress.loss != other.progress.loss
 
 
-@pytest.mark.parametrize("name, count", [("resnet18", 41), ("resnet34", 73), ("vgg16", 14), ("cnn", 4)])
+@pytest.mark.parametrize(
+    "name, count", [("resnet18", 41), ("resnet34", 73), ("vgg16", 14), ("cnn", 4), ("cnn_bn", 7)]
+)
 def test_layers_of_the_models(name, count):
     """Modules that own parameters; a ResNet-18 has about 40 (paper, Sec. III)."""
     net = models.build(name, channels=3, image_size=32, width=8, seed=0)

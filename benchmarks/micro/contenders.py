@@ -56,6 +56,13 @@ def _copy(params, grads):
     return lambda: target.copy_(source), lambda: []
 
 
+def _read(params, grads):
+    a, b = (
+        torch.ones(sum(p.numel() for p in params), dtype=p.dtype, device=p.device) for p in params[:1] * 2
+    )
+    return lambda: torch.dot(a, b), lambda: []
+
+
 def _monitor(params, grads):
     optimizer = torch.optim.SGD(params, lr=LR, fused=True)
     names = [(f"layer{i}.weight", p) for i, p in enumerate(params)]
@@ -132,6 +139,7 @@ def contenders(backends: Sequence[str], *, compiled: bool = True) -> list[Conten
     fastest = {"backend": backends[0]}
     return [
         Contender(CEILING, _copy, 2),
+        Contender("read two arrays", _read, 2),
         Contender(BASE, _optimizer(sgd, fused=True), 3),
         Contender("sgd foreach", _optimizer(sgd, foreach=True), 3),
         Contender(BASE_MOMENTUM, _optimizer(sgd, fused=True, **momentum), 5),

@@ -46,7 +46,14 @@ class Problem:
 
 def bytes_needed(elements: int, itemsize: int, chosen: Sequence[Contender]) -> int:
     """Memory of a problem with all contenders' own: three arrays shared, at most three for each."""
-    own = {CEILING: 2, "adamw fused": 2, "oscgd momentum": 1, "sgd fused momentum": 1, "sgd + foreach": 2}
+    own = {
+        CEILING: 2,
+        "read two arrays": 2,
+        "adamw fused": 2,
+        "oscgd momentum": 1,
+        "sgd fused momentum": 1,
+        "sgd + foreach": 2,
+    }
     loops = sum(1 for c in chosen if c.name.startswith(("sgd +", "torch.compile")))
     return elements * itemsize * (3 + loops + sum(own.get(c.name, 0) for c in chosen))
 

@@ -441,7 +441,7 @@ class History:
 
     @classmethod
     def _from_arrays(cls, data: dict[str, np.ndarray], source: str) -> History:
-        wanted = ("format", "steps", "layer_names", *RECORDED, *_HOST)
+        wanted = ("format", "steps", "layer_names", *SUMS, "correlation_stderr", *_HOST)
         if missing := [name for name in wanted if name not in data]:
             raise ValueError(f"{source} is no history: it lacks {missing[0]!r}")
         if int(data["format"]) != _FORMAT:
@@ -450,6 +450,7 @@ class History:
             )
         count = len(data["steps"])
         shape = (count, len(data["layer_names"]))
+        data = {name: np.ones(shape) for name in ("step_scale", "prev_step_scale")} | data  # came later
         for name in (*RECORDED, *_HOST):
             if data[name].shape != shape:
                 raise ValueError(f"{source} is damaged: {name!r} has shape {data[name].shape}, not {shape}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import ranks
@@ -22,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from oscopt import OscGD, OscMonitor
+from oscopt.adapt import CosineStep
 
 SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm")
 LR = 0.1
@@ -270,6 +273,27 @@ def hybrid(rank, world):
     agrees(optimizer.history, single().history)
 
 
+def adapted(rank, world):
+    """Steps adapted to the sums of all ranks, for pieces and for replicas that another rank measures."""
+    for adapt in (CosineStep(beta=0.3), CosineStep(beta=0.3, lag=0)):
+        reference = single(adapt=copy.deepcopy(adapt))
+        wanted = [p.detach() for p in reference.param_groups[0]["params"]]
+        for kind in ("sharded", "tensor parallel"):
+            if kind == "sharded":
+                model, part = sharded(), mine(rank, world)
+            else:
+                model, part = tensor_parallel(init_device_mesh("cpu", (world,))), slice(None)
+            optimizer = OscGD(model.named_parameters(), lr=LR, adapt=copy.deepcopy(adapt))
+            train(model, optimizer, 6, part)
+            agrees(optimizer.history, reference.history)
+            scales = optimizer.history.step_scale
+            assert len(np.unique(scales[-1])) == 4
+            np.testing.assert_allclose(scales, reference.history.step_scale, atol=1e-5)
+            for p, q in zip(model.parameters(), wanted, strict=True):
+                p = p.full_tensor() if isinstance(p, DTensor) else p
+                torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=1e-6)
+
+
 def one_reduction_a_step(rank, world):
     """Of four numbers a layer, started in the step and waited for at the next one or at a reading."""
     calls = []
@@ -373,7 +397,7 @@ def load(rank, world, folder):
 
 EVERYWHERE = [ddp, fsdp, fsdp_with_reused_gradients, fsdp_in_mixed_precision, fsdp_sampled, fsdp_windows]
 EVERYWHERE += [monitored, tensor_parallel_shard_and_replicate, sequence_parallel, one_reduction_a_step]
-EVERYWHERE += [disagreements, added_groups, group_that_is_gone]
+EVERYWHERE += [adapted, disagreements, added_groups, group_that_is_gone]
 CASES = [(2, f) for f in EVERYWHERE] + [(4, f) for f in (ddp, fsdp, monitored, hybrid, added_groups)]
 CASES += [(world, load) for world in (4, 2)]
 

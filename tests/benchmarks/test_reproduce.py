@@ -95,7 +95,7 @@ def test_interrupted_and_resumed(tmp_path, number, code):
     command = [sys.executable, str(REPRODUCE), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     logs = [out / "logs" / f"fig{i}-seed0.log" for i in (1, 2)]
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while (
         not all(log.exists() and "epoch " in log.read_text() for log in logs) and time.monotonic() < deadline
     ):

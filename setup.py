@@ -42,7 +42,7 @@ setup(
             "tensorboard",
             "expecttest",  # what torch.testing._internal imports
             "ruff>=0.8",
-            "build",
+            "setuptools>=77",
         ],
     },
     classifiers=[

@@ -395,8 +395,10 @@ def _chunk(p, g, q, buf, copy, n, row, scale, itemsize, tag):
     lookahead = scalar + type(scalar)(row[4])
     sign = scalar + type(scalar)(row[5])
     dot = sq_norm = diff_sq_norm = prev_sq_norm = 0.0
-    for start in range(0, n, _PART):
-        size = min(_PART, n - start)
+    # Parts are for what is read twice.
+    part = _PART if p != 0 else n
+    for start in range(0, n, part):
+        size = min(part, n - start)
         offset = start * itemsize
         g_block = numba.carray(_pointer(g + offset, tag), size)
         if q != 0:

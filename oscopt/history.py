@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -370,11 +369,14 @@ class History:
         if path.is_dir():
             return cls._from_folder(path)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            file = np.load(path, allow_pickle=False)
+            if isinstance(file, np.ndarray):  # .npy
+                raise ValueError("it holds a single array")
+            with file:
                 data = {name: file[name] for name in file.files}
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # of a damaged file: zlib's and zipfile's own, NotImplementedError, ...
             raise ValueError(f"{os.fspath(path)!r} is no history, or a damaged one: {error}") from None
         return cls._from_arrays(data, repr(os.fspath(path)))
 

@@ -23,7 +23,6 @@ from .errors import Diverged, Interrupted, UserError
 from .folder import Folder
 from .rules import Record
 from .sharpness import top_eigenvalue
-from .updates import UpdateMeter
 
 GD = ("oscgd", "sgd")
 OTHERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
@@ -96,11 +95,16 @@ class Trainer:
         return self.meter.history
 
     @property
+    def updates(self) -> History | None:
+        """The same of the updates; None: plain gradient descent, where they are the gradients times -lr."""
+        measured = isinstance(self.meter, OscMonitor) and "update" in self.meter.what
+        return self.meter.update_history if measured else None
+
+    @property
     def record(self) -> Record:
         """What has been recorded so far."""
         columns = {name: np.array(values, np.float64) for name, values in vars(self.progress).items()}
-        updates = None if self.updates is None else self.updates.history
-        return Record(self.history, updates=updates, **columns)
+        return Record(self.history, updates=self.updates, **columns)
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -189,8 +193,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "monitor": self.meter.state_dict() if isinstance(self.meter, OscMonitor) else {},
             "history": self.history.state_dict(),
-            "updates": {} if self.updates is None else self.updates.state_dict(),
-            "update_history": {} if self.updates is None else self.updates.history.state_dict(),
+            "update_history": {} if self.updates is None else self.updates.state_dict(),
             "progress": {key: torch.tensor(v, dtype=torch.float64) for key, v in vars(self.progress).items()},
             "matrices": {
                 epoch: {key: torch.from_numpy(m) for key, m in matrices.items()}
@@ -209,8 +212,6 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(self.meter, OscMonitor):
             self.meter.load_state_dict(state["monitor"])
-        if self.updates is not None:
-            self.updates.load_state_dict(state["updates"])
         self.progress = Progress(**{key: v.tolist() for key, v in state["progress"].items()})
         self.matrices = {
             epoch: {key: m.numpy() for key, m in matrices.items()}
@@ -218,20 +219,22 @@ class Trainer:
         }
 
     def _attach(self, history: History, update_history: History) -> None:
-        """Make the optimizer, what measures its gradients, and what measures its updates if they differ."""
+        """Make the optimizer and what measures its gradients, and its updates if they differ."""
         config, model = self.config, self.model
-        self.updates: UpdateMeter | None = None
         if config.optimizer == "oscgd":
             own = OscGD(model.named_parameters(), lr=config.lr, layers=config.layers, history=history)
             self.optimizer, self.meter = own, own
             return
         kind = OTHERS.get(config.optimizer, torch.optim.SGD)
         self.optimizer = kind(model.parameters(), lr=config.lr)
-        options = {"layers": config.layers}
-        self.meter = OscMonitor(self.optimizer, model.named_parameters(), history=history, **options)
-        if config.optimizer in OTHERS:
-            named = model.named_parameters()
-            self.updates = UpdateMeter(self.optimizer, named, history=update_history, **options)
+        self.meter = OscMonitor(
+            self.optimizer,
+            model.named_parameters(),
+            ("grad", "update") if config.optimizer in OTHERS else "grad",
+            layers=config.layers,
+            history=history,
+            update_history=update_history,
+        )
 
 
 def _set_precision(config: Config) -> None:

@@ -452,7 +452,7 @@ def npz_bomb(path: Path, fuse: Path) -> None:
         ),
         ("history.npz", lambda p, fuse: p.write_bytes(b""), "cannot be read"),
         ("history.npz", lambda p, fuse: np.savez(p.open("wb"), format=99), "cannot be read"),
-        ("history.npz", lambda p, fuse: np.save(p.open("wb"), np.ones(3)), "cannot be read"),
+        ("history.npz", lambda p, fuse: np.save(p.open("wb"), np.ones(3)), "is no history"),
         ("history.npz", npz_bomb, "is no history, or a damaged one"),
         ("history.npz", lambda p, fuse: p.write_bytes(pickle.dumps(Bomb(fuse))), "cannot be read"),
         ("matrices.npz", npz_bomb, "cannot be read"),

@@ -154,6 +154,31 @@ def test_files_of_before_the_limit_are_read(tmp_path):
     assert_equal(History.load(tmp_path / "old.npz"), history)
 
 
+def test_files_that_are_no_histories(tmp_path):
+    """Other files of numpy's, and flipped bits, which zlib, zipfile and numpy tell in many ways."""
+    np.save(tmp_path / "array.npy", np.ones(3))
+    with pytest.raises(ValueError, match=r"array.npy' is no history, or .*: it holds a single array"):
+        History.load(tmp_path / "array.npy")
+    np.savez(tmp_path / "other.npz", a=np.ones(3))
+    with pytest.raises(ValueError, match="other.npz' is no history: it lacks 'format'"):
+        History.load(tmp_path / "other.npz")
+    record(History(), 0, 40).save(tmp_path / "whole.npz")
+    whole = (tmp_path / "whole.npz").read_bytes()
+    refused = 0
+    for position in range(0, len(whole), 3):
+        (tmp_path / "flipped.npz").write_bytes(
+            whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :]
+        )
+        try:
+            History.load(tmp_path / "flipped.npz")
+        except ValueError as error:
+            assert "flipped.npz' is" in str(error)
+            refused += 1
+    assert refused > len(whole) / 6  # in dates and the like they do no harm
+    with pytest.raises(FileNotFoundError):
+        History.load(tmp_path / "nothing.npz")
+
+
 def test_loading_a_state_cuts_the_history_back():
     net = small_net()
     optimizer = OscGD(net.named_parameters(), lr=0.01)

@@ -25,7 +25,7 @@ from run import machine
 from study.cli import Parser, positive
 
 COLUMNS = (
-    "date device threads torch triton numba oscopt set tensors elements dtype contender rounds median_ms "
+    "date device threads cold torch triton numba oscopt set tensors elements dtype contender rounds median_ms "
     "min_ms max_ms bytes_per_parameter gb_per_s percent_of_copy base ratio host_ms extra_bytes_per_parameter"
 ).split()
 QUICK = {"sets": ["resnet34"], "seconds": 12.0}
@@ -52,6 +52,8 @@ def parser() -> Parser:
     )
     p.add_argument("--seconds", type=positive(float), help="for each set (default: 30)")
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    p.add_argument("--cold", action="store_true", help="empty the caches before each step, as training does")
+    p.add_argument("--markdown", metavar="CSV", help="print the tables of such a file, and do nothing else")
     p.add_argument("--quick", action="store_true", help="resnet34 only, without torch.compile, in a minute")
     p.add_argument("--out", default="runs/kernels", metavar="DIR", help="default: %(default)s")
     return p
@@ -164,11 +166,47 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def print_markdown(path: Path) -> None:
+    """The tables of a kernels.csv: a row a contender, two columns a number of threads."""
+    from study.errors import UserError
+
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        groups: dict[tuple[str, ...], dict[str, dict[str, dict[str, str]]]] = {}
+        for row in rows:
+            key = tuple(row[name] for name in ("set", "tensors", "elements", "dtype", "cold", "device"))
+            groups.setdefault(key, {}).setdefault(row["contender"], {})[row["threads"]] = row
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"--markdown {path}: it is no kernels.csv ({error})") from None
+    for (name, tensors, elements, dtype, cold, device), contenders in groups.items():
+        threads = sorted({count for by_threads in contenders.values() for count in by_threads})
+        row = next(iter(next(iter(contenders.values())).values()))
+        start = ", caches emptied before each step" if cold == "True" else ""
+        print(
+            f"\n**{name}**: {int(elements):,} parameters in {int(tensors):,} tensors, {dtype}{start}; ",
+            end="",
+        )
+        print(f"{device}, torch {row['torch']}, {row['date'][:10]}\n")
+        columns = [f"ms, {n} threads | ratio" if n else "ms | ratio" for n in threads]
+        print("| contender | bytes | " + " | ".join(columns) + " | % of a copy's GB/s |")
+        print("|---|---|" + "---|---|" * len(threads) + "---|")
+        for contender, by_threads in contenders.items():
+            of = [by_threads.get(n) for n in threads]
+            cells = [f"{float(r['median_ms']):.2f} | {float(r['ratio']):.2f}" if r else "|" for r in of]
+            percent = ", ".join(f"{float(r['percent_of_copy']):.0f}" for r in of if r)
+            size = float(next(r for r in of if r)["bytes_per_parameter"])
+            print(f"| {contender} | {size:g} | " + " | ".join(cells) + f" | {percent} |")
+
+
 def main(arguments: list[str] | None = None) -> int:
     from study.errors import UserError
 
     options = parser().parse_args(arguments)
     try:
+        if options.markdown:
+            print_markdown(Path(options.markdown))
+            return 0
         return _run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -202,7 +240,7 @@ def _run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
     here = machine()
-    about = {"date": here["date"]}
+    about = {"date": here["date"], "cold": options.cold}
     about |= {name: version(name) for name in ("torch", "triton", "numba", "oscopt")}
     about["device"] = here["gpu"] if device.type == "cuda" else f"{here['processor']} ({here['cores']} cores)"
     dtype, rows = getattr(torch, options.dtype), []
@@ -223,7 +261,7 @@ def _run(options: argparse.Namespace) -> int:
                 )
                 continue
             started = time.monotonic()
-            timings = timing.measure(chosen, what, dtype, device, seconds, on_skip=print)
+            timings = timing.measure(chosen, what, dtype, device, seconds, print, options.cold)
             found = rows_of(timings, what, options.dtype, about | {"threads": count})
             append(out / "kernels.csv", found)
             rows += found

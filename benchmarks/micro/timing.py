@@ -25,15 +25,21 @@ class Timing:
     extra_bytes: int = 0
 
 
+_COLD_BYTES = 128 << 20  # more than the caches hold
+
+
 @dataclass
 class Problem:
     """Parameters that all contenders share (they only nudge them), and two gradients in turn."""
 
     params: list[Parameter]
     grads: list[list[Tensor]]
+    other: Tensor | None = None  # what is written before each timed step, so that it starts cold
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> Problem:
+    def of(
+        cls, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, cold: bool = False
+    ) -> Problem:
         """Random values; the gradients of two steps."""
         generator = torch.Generator(device).manual_seed(0)
 
@@ -41,7 +47,8 @@ class Problem:
             options = {"dtype": dtype, "device": device, "generator": generator}
             return [torch.randn(shape, **options).mul_(scale) for shape in shapes]
 
-        return cls([Parameter(t) for t in draw(0.1)], [draw(1e-3), draw(1e-3)])
+        other = torch.empty(_COLD_BYTES, dtype=torch.uint8, device=device) if cold else None
+        return cls([Parameter(t) for t in draw(0.1)], [draw(1e-3), draw(1e-3)], other)
 
 
 def bytes_needed(elements: int, itemsize: int, chosen: Sequence[Contender]) -> int:
@@ -86,6 +93,8 @@ class _Runner:
         total = host = 0.0
         for _ in range(self._repeat):
             self._next_gradient()
+            if self._problem.other is not None:
+                self._problem.other.zero_()
             if self._cuda:
                 before, after = torch.cuda.Event(True), torch.cuda.Event(True)
                 torch.cuda.synchronize()
@@ -114,16 +123,18 @@ def measure(
     device: torch.device,
     seconds: float,
     on_skip: Callable[[str], None],
+    cold: bool = False,
 ) -> list[Timing]:
     """Time all contenders on `what` for about `seconds`, at least 5 rounds.
 
+    `cold`: other memory is written before each step, as a forward and a backward pass would.
     A contender that cannot run here (torch.compile without a compiler) is left out and told to `on_skip`.
     """
-    problem = Problem.of(what.shapes, dtype, device)
+    problem = Problem.of(what.shapes, dtype, device, cold)
     timings = _interleaved(chosen, problem, seconds, on_skip)
     if device.type != "cuda":
         # The host's part: the same number of tensors, with nothing in them to compute.
-        empty = Problem.of([(1,)] * len(what.shapes), dtype, device)
+        empty = Problem.of([(1,)] * len(what.shapes), dtype, device, cold)
         hosts = _interleaved([t.contender for t in timings], empty, min(seconds / 5, 2.0), on_skip)
         for timing, host in zip(timings, hosts, strict=True):
             timing.host_ms = host.step_ms

@@ -40,6 +40,10 @@ def test_a_small_run(tmp_path, capsys):
     for name in ("kernels.png", "kernels.svg"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert "oscgd numba" in capsys.readouterr().out
+    assert kernels.main(["--markdown", str(tmp_path / "kernels.csv")]) == 0
+    table = capsys.readouterr().out
+    assert "**3000x30**: 3,000 parameters in 30 tensors" in table
+    assert "| sgd fused | 12 | " in table and "| ms, 1 threads | ratio | ms, 2 threads | ratio |" in table
     # A second run adds to the file.
     assert kernels.main([*arguments, "--out", str(tmp_path)]) == 0
     assert len(rows_in(tmp_path)) == 6 * len(names)
@@ -88,7 +92,7 @@ def test_ratios_are_paired_by_round():
 
 def test_not_enough_memory_skips_the_set(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "bytes_free", lambda device: 10**6)
-    arguments = ["--sizes", "1e3", "1e6", "--seconds", "0.1", "--device", "cpu", "--no-compile"]
+    arguments = ["--sizes", "1e3", "1e6", "--seconds", "0.1", "--cold", "--device", "cpu", "--no-compile"]
     assert kernels.main([*arguments, "--out", str(tmp_path)]) == 0
     assert "skipped: it needs 0.1 GiB of memory, 0.0 GiB are free" in capsys.readouterr().out
     assert {r["set"] for r in rows_in(tmp_path)} == {"1e3"}
@@ -102,6 +106,8 @@ def test_not_enough_memory_skips_the_set(tmp_path, capsys, monkeypatch):
         (["--sizes", "10x20"], "unknown size '10x20'"),
         (["--sizes", "0"], "unknown size '0'"),
         (["--sizes", "1.5"], "unknown size '1.5'"),
+        (["--markdown", "nowhere.csv"], "--markdown nowhere.csv: it is no kernels.csv"),
+        (["--markdown", __file__], "it is no kernels.csv"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--out", "/dev/null/x"], "--out /dev/null/x"),
     ],

@@ -25,8 +25,9 @@ from run import machine
 from study.cli import Parser, positive
 
 COLUMNS = (
-    "date device threads cold torch triton numba oscopt set tensors elements dtype contender rounds median_ms "
-    "min_ms max_ms bytes_per_parameter gb_per_s percent_of_copy base ratio host_ms extra_bytes_per_parameter"
+    "date device threads cold torch triton numba oscopt set tensors elements dtype contender rounds "
+    "median_ms min_ms max_ms bytes_per_parameter gb_per_s percent_of_copy base ratio host_ms "
+    "extra_bytes_per_parameter"
 ).split()
 QUICK = {"sets": ["resnet34"], "seconds": 12.0}
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .contenders import CEILING, Contender
+from .contenders import CEILING, READING, Contender
 from .sets import ParameterSet
 
 
@@ -55,7 +55,7 @@ def bytes_needed(elements: int, itemsize: int, chosen: Sequence[Contender]) -> i
     """Memory of a problem with all contenders' own: three arrays shared, at most three for each."""
     own = {
         CEILING: 2,
-        "read two arrays": 2,
+        READING: 2,
         "adamw fused": 2,
         "oscgd momentum": 1,
         "sgd fused momentum": 1,

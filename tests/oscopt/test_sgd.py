@@ -52,14 +52,23 @@ def test_trajectory(backend, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(backend, dtype):
-    data = batch(dtype=dtype)
+    """The same gradients, as rounding soon leads two trainings apart. (Fused, torch 2.11 errs in bfloat16.)"""
+    x, y = batch(dtype=dtype)
     ours, theirs = small_net(dtype=dtype), small_net(dtype=dtype)
-    options = {"lr": 0.05, "momentum": 0.9}
-    train(ours, OscGD(ours.named_parameters(), backend=backend, **options), 3, data=data)
-    train(theirs, torch.optim.SGD(theirs.parameters(), fused=True, **options), 3, data=data)
-    tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.05}[dtype]
+    optimizers = [
+        OscGD(ours.named_parameters(), lr=0.05, momentum=0.9, backend=backend),
+        torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=0.9, foreach=True),
+    ]
+    for _ in range(3):
+        theirs.zero_grad()
+        nn.functional.cross_entropy(theirs(x), y).backward()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = q.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.02}[dtype]
     for a, b in zip(weights(ours), weights(theirs), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance / 10)
 
 
 def test_parameter_groups_and_schedulers():

@@ -36,7 +36,9 @@ from . import measures
 
 Policy = Callable[["Measured"], Tensor]
 
-_KEY, _SEEN, _OWN = "step_scale", "steps_adapted", "policy_"  # in the optimizer's first parameter group
+# Keys in the optimizer's first parameter group.
+_KEY, _USED, _SEEN, _REJECTED = "step_scale", "prev_step_scale", "steps_adapted", "scales_rejected"
+_OWN = "policy_"  # and what each of the policy's own begins with
 
 
 @dataclass(frozen=True)
@@ -234,27 +236,29 @@ class Adapter:
         self._warmup = getattr(policy, "warmup", 0)
         self._adapted = torch.tensor(adapted, dtype=torch.bool).to(device)
         ones = torch.ones(len(adapted), dtype=torch.float64, device=device)
-        known = state.get(_KEY, ones[:0]).to(ones)
+        known, used = (state.get(key, ones[:0]).to(ones) for key in (_KEY, _USED))
         if len(known) > len(ones):
             raise ValueError(f"the state has scales of {len(known)} layers, the optimizer has {len(ones)}")
         self.scale = torch.cat([known, ones[len(known) :]])
         """What multiplies the learning rate of each layer in the next step: float64, (L,)."""
-        self.used = self.scale
+        self.used = torch.cat([used, ones[len(used) :]])
         """What did so in the last one."""
         self._seen = int(state.get(_SEEN, 0))
-        self.rejected = torch.zeros((), dtype=torch.int64, device=device)
+        self.rejected = torch.as_tensor(state.get(_REJECTED, 0), dtype=torch.int64).to(device)
         """How many scales that are not finite or negative the policy has returned: 0-dim."""
         self._warned = False
-        own = {key[len(_OWN) :]: value for key, value in state.items() if key.startswith(_OWN)}
-        if own:
-            policy.state.update({key: value.to(ones) for key, value in own.items()})
-        if len(known) < len(ones) and not self._together and getattr(policy, "state", None):
-            policy.state.clear()  # layers have been added
+        if hasattr(policy, "state"):
+            own = {key[len(_OWN) :]: value for key, value in state.items() if key.startswith(_OWN)}
+            policy.state.clear()
+            if self._together or len(known) == len(ones):  # otherwise layers have been added
+                policy.state.update({key: value.to(ones) for key, value in own.items()})
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """What :class:`Adapter` takes to go on, by keys for a parameter group."""
         yield _KEY, self.scale
+        yield _USED, self.used.clone()
         yield _SEEN, self._seen
+        yield _REJECTED, self.rejected
         for key, value in getattr(self.policy, "state", {}).items():
             yield _OWN + key, value
 

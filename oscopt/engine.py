@@ -7,6 +7,7 @@ tells), the pair is lost, recorded as NaN, and from then on that parameter's gra
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ SAMPLE = "prev_sample"
 """Key of the drawn blocks of a parameter's previous gradient there, when only a part is measured."""
 
 SAMPLE_LAYOUT = "prev_sample_layout"
-"""Key of the strides that these blocks were cut by."""
+"""Key of the strides that these blocks were cut by, and of what decided on them."""
 
 _GRAD, _DTYPE, _REQUIRES_GRAD, _VERSION = map(attrgetter, ("grad", "dtype", "requires_grad", "_version"))
 
@@ -99,6 +100,7 @@ class Engine:
         self.ranks = _ranks(names, params, layers, {"every": every, "sample": sample}, ranks)
         counted = self.ranks.counted if self.ranks is not None else [True] * len(params)
         self._states = states
+        self._known_states = len(states)
         self.slots = []
         for i, p in enumerate(params):
             local, home = bare(p), index[layers[i]]
@@ -178,13 +180,27 @@ class Engine:
         """
         if states is not self._states or (not states and any(slot.state for slot in self.slots)):
             return True
-        params = self.params if self._plain else map(bare, self.params)
-        return list(map(Tensor.data_ptr, params)) != self._addresses
+        if len(states) != self._known_states:
+            return True
+        params = self.params if self._plain else list(map(bare, self.params))
+        return (
+            list(map(Tensor.data_ptr, params)) != self._addresses or list(map(_DTYPE, params)) != self._dtypes
+        )
+
+    def drop_spoiled(self) -> None:
+        """Forget previous gradients that have been written to: whoever goes on from them cannot tell."""
+        for i, slot in enumerate(self.slots):
+            prev = self._prev[i]
+            if prev is not None and not slot.copied and prev._version != self._version[i]:
+                self._prev, self._by_reference = list(self._prev), False
+                self._prev[i] = None
+                self.state(slot).pop(PREVIOUS, None)
 
     def state(self, slot: Slot) -> dict[str, Any]:
         """The state of its parameter, to be written."""
         if slot.state is None:
             slot.state = self._states[slot.outer]
+            self._known_states = len(self._states)
         return slot.state
 
     def correlation(self) -> Tensor:
@@ -279,6 +295,8 @@ class Engine:
                 raise ValueError(_changed(slot, "shape", tuple(slot.shape), tuple(g.shape)))
             if g.requires_grad:
                 g = grads[i] = g.detach()
+            if g.is_neg():  # a mark that its memory holds the negative, as of an imaginary part
+                g = grads[i] = g.resolve_neg()
             if g.device != slot.device:
                 self.fits = False
             elif g.stride() != slot.stride:
@@ -300,6 +318,7 @@ class Engine:
                 and list(map(_DTYPE, grads)) == self._dtypes
                 and list(map(Tensor.get_device, grads)) == self._devices
                 and not any(map(_REQUIRES_GRAD, grads))
+                and not any(map(Tensor.is_neg, grads))
             )
         except (TypeError, AttributeError, RuntimeError):  # there is none, or a sparse one
             return False
@@ -359,7 +378,7 @@ class Engine:
         if adapter is not None:
             adapter.used = adapter.scale if twice or row is None else row[5]
         for window in tuple(self.windows):
-            window.add([self.slots[i].layer for i in present], [grads[i] for i in present])
+            window.add(present, [self.slots[i].layer for i in present], [grads[i] for i in present])
         if self._drawn is None:
             self.keep(grads, wholes, present if keep else [], copied=measured)
 
@@ -408,12 +427,13 @@ class Engine:
             slot = self.slots[i]
             if slot.layer < 0:
                 continue
-            if slot.sample is None:
+            if slot.sample is None or slot.sample.dtype != grads[i].dtype:
+                lost.add(slot.layer)
                 slot.sample = grads[i].new_zeros(self._drawn[i].kept_size)
                 # What was drawn of a piece fits no other number of ranks: not for checkpoints.
                 if not is_dtensor(slot.outer):
                     state = self.state(slot)
-                    state[SAMPLE], state[SAMPLE_LAYOUT] = slot.sample, list(slot.stride)
+                    state[SAMPLE], state[SAMPLE_LAYOUT] = slot.sample, self._sample_layout(i)
             kept[i] = slot.sample
         self._kept = present
         return kept, sorted(lost - {-1})
@@ -462,6 +482,8 @@ class Engine:
 
         `copied`: the kernel has overwritten the copies already.
         """
+        if self._drawn is not None:
+            return
         if kept != self._kept:
             for i in set(self._kept).difference(kept):
                 self._prev[i] = None
@@ -526,7 +548,10 @@ class Engine:
             ValueError: it does not fit the parameter.
         """
         state = slot.state
-        if self._drawn is None or state.get(SAMPLE_LAYOUT) != list(slot.stride):
+        sample = state.get(SAMPLE)
+        fits = self._drawn is not None and sample is not None
+        fits = fits and state.get(SAMPLE_LAYOUT) == self._sample_layout(i)
+        if not (fits and sample.dtype == slot.param.dtype and sample.device == slot.param.device):
             state.pop(SAMPLE, None)
             state.pop(SAMPLE_LAYOUT, None)
         if self._drawn is not None:
@@ -540,13 +565,19 @@ class Engine:
                 raise ValueError(_changed(slot, "shape", tuple(value.shape), tuple(slot.shape)))
             if value.device != slot.param.device:
                 raise ValueError(_changed(slot, "device", value.device, slot.param.device))
-            if _like(slot, value) is not value:
-                state[key] = torch.empty_like(slot.outer, dtype=state[key].dtype).copy_(state[key])
+            dtype = slot.outer.dtype if key == "momentum_buffer" else state[key].dtype
+            if _like(slot, value) is not value or dtype != state[key].dtype:
+                state[key] = torch.empty_like(slot.outer, dtype=dtype).copy_(state[key])
         if state.get(PREVIOUS) is not None:
             self._prev[i] = bare(state[PREVIOUS])
             self._version[i] = self._prev[i]._version
         slot.copied = state.get(COPIED, False)
         slot.sample = state.get(SAMPLE)
+
+    def _sample_layout(self, i: int) -> list[int]:
+        """What decides which elements of a gradient the drawn blocks are."""
+        slot, drawn = self.slots[i], self._drawn[i]
+        return [*slot.stride, drawn.stratum, len(drawn.number), zlib.crc32(slot.name.encode())]
 
     def _layer_lr(self, lr: tuple[float, ...]) -> np.ndarray:
         """Rate of every layer, NaN where its parameters differ; the same array while the rates are."""

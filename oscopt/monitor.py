@@ -241,6 +241,8 @@ class OscMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """The previous gradients and updates and the number of steps: tensors and plain values only."""
+        for engine in self._engines.values():
+            engine.drop_spoiled()
         named = list(zip(self._options["names"], self._options["params"], strict=True))
         states = {
             key: {name: dict(self._states[what].get(p, {})) for name, p in named}

@@ -119,6 +119,8 @@ class OscGD(Optimizer):
             "prev_lr": math.nan,
         }
         _check(defaults)
+        if differentiable and policy is not None:
+            raise RuntimeError("`differentiable` does not support `adapt`")
         if fused and differentiable:
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
@@ -134,6 +136,7 @@ class OscGD(Optimizer):
         self._adapter: Adapter | None = None
         self._history = History() if history is None else history
         self._engine: Engine | None = None
+        self._windows: list[Window] = []
         self._ranks: Ranks | None = None
         self._hyper: tuple[tuple[float, ...], ...] = ()
         super().__init__(params, defaults)
@@ -263,6 +266,9 @@ class OscGD(Optimizer):
                     if buf is None:
                         buf = state["momentum_buffer"] = torch.zeros_like(slot.outer)
                         rows[i] += 1
+                    if buf.dtype != slot.outer.dtype or buf.stride() != slot.outer.stride():
+                        # Somebody's own: kernels need it like its parameter.
+                        buf = state["momentum_buffer"] = torch.empty_like(slot.outer).copy_(buf)
                     bufs[i] = buf if slot.outer is slot.param else bare(buf)
         step = self.param_groups[0]["step"]
         rates = tuple(row[0] for row in hyper[::2])
@@ -316,6 +322,13 @@ class OscGD(Optimizer):
             for p in group["params"]:
                 if not (p.is_floating_point() or p.is_complex()):
                     raise TypeError(f"OscGD needs floating-point or complex parameters, not {p.dtype}")
+                if p.is_conj() or p.is_neg():
+                    raise TypeError(
+                        "OscGD needs parameters whose memory holds their values, not a lazy conjugate or "
+                        "negative; make it of p.resolve_conj().resolve_neg()"
+                    )
+                if group["differentiable"] and self._policy is not None:
+                    raise RuntimeError("`differentiable` does not support `adapt`")
                 if group["fused"] and p.is_complex():
                     raise RuntimeError(
                         f"`fused=True` requires all the params to be floating point Tensors, not {p.dtype}"
@@ -325,13 +338,13 @@ class OscGD(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._engine = None
+        self._drop_engine()
         if self._assigned:
             self._ensure_engine()  # ranks that share parameters meet here, not where one of them reads
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; the scales of `adapt` are in the first group."""
-        self._show_scales()
+        self._show_state()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -343,16 +356,25 @@ class OscGD(Optimizer):
         for group in self.param_groups:
             group.setdefault("step", self._history.next_step)
         self._history.cut(self.param_groups[0]["step"])
-        self._engine = self._adapter = None
+        self._drop_engine()
+        self._adapter = None
 
-    def _show_scales(self) -> None:
-        """Put what adaptation has come to into the first group, where states are saved from."""
+    def _drop_engine(self) -> None:
+        """Another is to be made; what is left of this one is in the parameters' state, and its windows."""
+        if self._engine is not None:
+            self._engine.drop_spoiled()
+            self._windows, self._engine = self._engine.windows, None
+
+    def _show_state(self) -> None:
+        """Make the state what it is saved as: only good gradients, and adaptation's in the first group."""
+        if self._engine is not None:
+            self._engine.drop_spoiled()
         if self._adapter is not None:
             self._history.settle()
             self.param_groups[0].update(self._adapter.state())
 
     def __getstate__(self) -> dict[str, Any]:
-        self._show_scales()
+        self._show_state()
         own = {
             name: getattr(self, name)
             for name in ("_every", "_sample", "_backend", "_history", "_assigned", "_policy")
@@ -368,7 +390,7 @@ class OscGD(Optimizer):
         if any(group["fused"] for group in self.param_groups):
             self._step_supports_amp_scaling = True
         self._engine, self._ranks, self._hyper = None, getattr(self, "_ranks", None), ()
-        self._adapter = None
+        self._adapter, self._windows = None, []
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-2]}\nbackend: {self.backend}, {len(self.layer_names)} layers\n)"
@@ -395,7 +417,8 @@ class OscGD(Optimizer):
         """The engine of the parameters as they are now."""
         if self._engine is None or self._engine.stale(self.state):
             params = [p for group in self.param_groups for p in group["params"]]
-            if self._policy is not None:
+            self._drop_engine()
+            if self._policy is not None and any(layer is not None for layer in self._assigned.values()):
                 self._adapter = self._new_adapter(params[0].device)
             engine = Engine(
                 names=list(self._assigned),
@@ -410,14 +433,13 @@ class OscGD(Optimizer):
                 ranks=self._ranks,
                 adapter=self._adapter,
             )
-            if self._engine is not None:
-                engine.windows = self._engine.windows
+            engine.windows = self._windows
             self._engine, self._ranks = engine, engine.ranks
         return self._engine
 
     def _new_adapter(self, device: torch.device) -> Adapter:
         """What decides on the layers' scales, going on from the state in the first group."""
-        self._show_scales()
+        self._show_state()
         adapted: dict[str, bool] = {}
         names = iter(self._assigned.values())
         for group in self.param_groups:

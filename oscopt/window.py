@@ -33,6 +33,7 @@ class Window:
         self._device = device
         self._ranks = ranks
         self._gradients: list[list[tuple[int, Tensor]]] = []  # per step: (layer, copy of a gradient)
+        self._present: list[list[int]] = []  # per step: the parameters that had gradients
         self._sums: np.ndarray | None = None
 
     def __enter__(self) -> Window:
@@ -46,10 +47,11 @@ class Window:
         """Whether h gradients have come."""
         return self._sums is not None
 
-    def add(self, layer_of: Sequence[int], grads: Sequence[Tensor]) -> None:
-        """Keep one step's gradients (the optimizer's side); -1: not measured."""
+    def add(self, present: Sequence[int], layer_of: Sequence[int], grads: Sequence[Tensor]) -> None:
+        """Keep one step's gradients (the optimizer's side), of the parameters `present`; -1: not measured."""
         if self.complete:
             return
+        self._present.append(list(present))
         pairs = zip(layer_of, grads, strict=True)
         self._gradients.append([(layer, grad.detach().clone()) for layer, grad in pairs if layer >= 0])
         if len(self._gradients) == self.h:
@@ -63,10 +65,7 @@ class Window:
     def _inner_products(self) -> Tensor:
         shape = (len(self.layer_names), self.h, self.h)
         sums = torch.zeros(shape, dtype=torch.float64, device=self._device)
-        if any(
-            [layer for layer, _ in step] != [layer for layer, _ in self._gradients[0]]
-            for step in self._gradients
-        ):
+        if any(present != self._present[0] for present in self._present):
             return sums.fill_(torch.nan)
         for same_parameter in zip(*self._gradients, strict=True):
             layer = same_parameter[0][0]

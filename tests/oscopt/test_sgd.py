@@ -52,7 +52,7 @@ def test_trajectory(backend, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(backend, dtype):
-    """The same gradients, as rounding soon leads two trainings apart. (Fused, torch 2.11 errs in bfloat16.)"""
+    """The same gradients, as rounding leads trainings apart. (Fused, torch 2.11 errs in bfloat16.)"""
     x, y = batch(dtype=dtype)
     ours, theirs = small_net(dtype=dtype), small_net(dtype=dtype)
     optimizers = [

@@ -1,0 +1,173 @@
+"""States that do not fit any more: other dtypes, samples, names; gradients that were written to."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import BACKENDS, DEVICE
+from torch import nn
+
+from oscopt import OscGD
+from oscopt.adapt import CosineStep, SecantStep
+
+
+def parameter(size=50, **options) -> nn.Parameter:
+    generator = torch.Generator().manual_seed(0)
+    return nn.Parameter(torch.randn(size, generator=generator).to(DEVICE, **options))
+
+
+def gradient(size=50, seed=1, **options) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, **options)
+
+
+def step(optimizer, *pairs):
+    for p, g in pairs:
+        p.grad = g
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("change", ["fraction", "name"])
+def test_a_sample_of_other_blocks_is_not_paired(backend, change):
+    p, g = parameter(400_000), gradient(400_000)
+    first = OscGD([("a", p)], lr=1e-4, sample=0.05, backend=backend)
+    step(first, (p, g))
+    name, sample = ("a", 0.5) if change == "fraction" else ("b", 0.05)
+    second = OscGD([(name, p)], lr=1e-4, sample=sample, backend=backend)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    step(second, (p, g.clone()))
+    assert second.history.dot[-1].tolist() != second.history.dot[-1].tolist()  # NaN
+    step(second, (p, g.clone()))
+    assert second.correlation == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"sample": 0.05}], ids=str)
+def test_parameter_of_another_dtype(dtype, options):
+    """As SGD goes on with it; the pair across the change is none or a good one."""
+    results = []
+    for kind in (OscGD, torch.optim.SGD):
+        if kind is torch.optim.SGD:
+            options = {k: v for k, v in options.items() if k == "momentum"}
+        p = parameter(400_000)
+        optimizer = kind([p], lr=0.1, **options)
+        step(optimizer, (p, gradient(400_000)))
+        p.data, p.grad = p.data.to(dtype), None
+        for _ in range(2):
+            step(optimizer, (p, gradient(400_000, dtype=dtype)))
+        results.append((p.detach().double(), optimizer))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0.02, atol=0.02)
+    assert results[0][1].correlation == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazily_negated_gradient(backend):
+    """Autograd marks imaginary parts as negated instead of writing them."""
+    p = nn.Parameter(torch.ones(1, device=DEVICE))
+    optimizer = OscGD([p], lr=0.1, backend=backend)
+    torch.complex(torch.zeros_like(p), p).conj().mul(1 + 2j).imag.sum().backward()
+    assert p.grad.item() == -1
+    optimizer.step()
+    assert p.item() == pytest.approx(1.1)
+
+
+def test_lazy_conjugate_is_refused():
+    with pytest.raises(TypeError, match="lazy conjugate"):
+        OscGD([nn.Parameter(torch.ones(3, dtype=torch.cfloat).conj())])
+
+
+def test_a_gradient_that_was_written_to_is_not_saved():
+    p = parameter()
+    optimizer = OscGD([p], lr=0.01)
+    step(optimizer, (p, gradient()))
+    optimizer.zero_grad(set_to_none=False)
+    p.grad.add_(gradient())  # the next backward pass
+    restored = OscGD([p], lr=0.01)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    restored.step()
+    assert restored.correlation.isnan().all()
+
+
+def test_nor_is_it_kept_when_parameters_are_added():
+    p, q = parameter(), parameter()
+    optimizer = OscGD([("a.x", p)], lr=0.01)
+    step(optimizer, (p, gradient()))
+    p.grad.mul_(-1)
+    optimizer.add_param_group({"params": [("b.x", q)]})
+    step(optimizer, (p, gradient()), (q, gradient()))
+    assert optimizer.correlation.isnan().all()
+
+
+def test_one_parameters_state_taken_away():
+    results = []
+    for kind in (OscGD, torch.optim.SGD):
+        p, q = parameter(), parameter()
+        optimizer = kind([p, q], lr=0.1, momentum=0.9)
+        step(optimizer, (p, gradient()), (q, gradient()))
+        del optimizer.state[p]
+        step(optimizer, (p, gradient()), (q, gradient()))
+        results.append((p.detach(), sorted(optimizer.state_dict()["state"])))
+    assert torch.allclose(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+def test_windows_outlive_added_parameters_and_compare_the_same_ones():
+    p, q = parameter(), parameter()
+    optimizer = OscGD([("a.w", p), ("a.b", q)], lr=0.01)
+    window = optimizer.window(2)
+    step(optimizer, (p, gradient()))
+    p.grad = None
+    step(optimizer, (q, gradient()))
+    assert window.complete and bool((window.matrix("a") != window.matrix("a")).all())
+    window = optimizer.window(2)
+    step(optimizer, (p, gradient()), (q, gradient()))
+    optimizer.add_param_group({"params": [("c.w", parameter())]})
+    step(optimizer, (p, gradient()), (q, gradient()))
+    assert window.complete and window.matrix("a")[0, 1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("policy", [SecantStep(granularity="layer", lag=1), CosineStep(1.0)], ids=str)
+def test_the_last_scale_is_saved_too(policy):
+    runs = []
+    for resumed in (False, True):
+        p = parameter()
+        optimizer = OscGD([p], lr=0.01, adapt=copy.deepcopy(policy))
+        for t in range(8):
+            if resumed and t == 4:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = OscGD([p], lr=0.01, adapt=copy.deepcopy(policy), history=optimizer.history)
+                optimizer.load_state_dict(state)
+            step(optimizer, (p, p.detach() * torch.linspace(1, 3, 50, device=DEVICE)))
+        runs.append((p.detach(), optimizer.history.prev_step_scale))
+    assert torch.equal(runs[0][0], runs[1][0]) and (runs[0][1] == runs[1][1]).all()
+
+
+def test_loading_an_early_state_resets_the_policy():
+    ends = []
+    p = parameter()
+    start = p.detach().clone()
+    optimizer = OscGD([p], lr=0.01, adapt=SecantStep())
+    state = copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):
+        p.data.copy_(start)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        for _ in range(6):
+            step(optimizer, (p, p.detach() * torch.linspace(1, 3, 50, device=DEVICE)))
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_adapt_excludes_differentiable():
+    with pytest.raises(RuntimeError, match="`differentiable` does not support `adapt`"):
+        OscGD([parameter()], adapt="cosine", differentiable=True)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("policy", ["cosine", "secant"])
+def test_adapt_without_a_layer(backend, policy):
+    p = parameter()
+    optimizer = OscGD([("a", p)], lr=0.1, layers=lambda name: None, adapt=policy, backend=backend)
+    step(optimizer, (p, gradient()))
+    step(optimizer, (p, gradient()))
+    assert optimizer.step_scale.shape == (0,)

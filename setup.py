@@ -13,6 +13,7 @@ cpu = ["numba>=0.61"]
 integrations = ["lightning>=2.4", "transformers>=4.50", "accelerate>=1", "wandb>=0.19"]
 bench = ["torchvision>=0.26", "matplotlib>=3.9", "rich>=13", "mlxtend>=0.23"]
 bench += ["scikit-learn>=1.4", "scipy>=1.12"]
+compare = [*bench, "prodigyopt>=1.1", "schedulefree>=1.4"]
 
 setup(
     name="oscopt",
@@ -30,6 +31,7 @@ setup(
     extras_require={
         "cpu": cpu,
         "bench": bench,
+        "compare": compare,
         "integrations": integrations,
         "test": [
             *cpu,

@@ -13,6 +13,7 @@ operations: no `.item()`, so that nothing waits for the device. Attributes that 
 * `granularity`: "layer" (the default), or "global": it gets sums over all adapted layers, of shape (1,), and
   one scale holds for all of them.
 * `bounds`: the least and the largest scale; default: None, no bounds.
+* `start`: the scale before the first change; default: 1.
 * `warmup`: measured steps before the first change; default: 0.
 * `state`: a dict of tensors of the same shape, saved in the optimizer's state.
 
@@ -179,7 +180,55 @@ class SecantStep(_Rule):
         return step / measured.lr
 
 
+@dataclass
+class SmoothnessStep(_Rule):
+    """Holds each layer's step at a fraction of what its gradient's change allows; ``adapt="auto"``.
+
+    With R = ||g_t - g_{t-1}|| / ||g_{t-1}||, the last step's size times the smoothness along it, of the layer
+    (R_l) and of all layers together (R_all)::
+
+        s <- s clip(target / sqrt(R_l R_all) * (last step / this step), 1/10, growth)
+
+    `growth` is 2 until R passes half the target for the first time, `grow` from then on. The first steps are
+    `start` times the learning rate, so that one that is too large does no harm. Meant for full batches: the
+    noise of small ones looks like curvature, and the scales fall to their lower bound.
+
+    Args:
+        target: R that is held, greater than 0; a single curvature's edge of stability is 2.
+        grow: the most that a scale grows by in a step, greater than 1.
+        start: the first scale, in (0, 1].
+    """
+
+    target: float = 0.8
+    grow: float = 1.2
+    start: float = 0.01
+    bounds: tuple[float, float] | None = field(default=(1e-4, 1e6), kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.target > 0 and math.isfinite(self.target)):
+            raise ValueError(f"Invalid target: {self.target}; it must be finite and greater than 0")
+        if not (self.grow > 1 and math.isfinite(self.grow)):
+            raise ValueError(f"Invalid grow: {self.grow}; it must be finite and greater than 1")
+        if not 0 < self.start <= 1:
+            raise ValueError(f"Invalid start: {self.start}; use a scale in (0, 1]")
+
+    def __call__(self, measured: Measured) -> Tensor:
+        pair = torch.stack([measured.diff_sq_norm, measured.prev_sq_norm])
+        valid = torch.isfinite(measured.correlation)
+        of_all = torch.where(valid, pair, 0.0).sum(1)
+        size = (pair[0] / pair[1] * (of_all[0] / of_all[1])) ** 0.25
+        found = self.state.get("found")
+        found = size > self.target / 2 if found is None else (found > 0) | (size > self.target / 2)
+        self.state["found"] = found.to(size)
+        factor = self.target / size * (measured.prev_step / (measured.lr * measured.scale))
+        # The growth is capped, not damped: what curvature there is shows only a step later.
+        growth = torch.where(found, self.grow, 2.0)
+        return measured.scale * torch.minimum(factor, growth).clamp_min(0.1)
+
+
 POLICIES: dict[str, Callable[[], Policy]] = {
+    "auto": SmoothnessStep,
     "cosine": CosineStep,
     "hypergradient": Hypergradient,
     "secant": SecantStep,
@@ -235,7 +284,7 @@ class Adapter:
         self._bounds = getattr(policy, "bounds", None) or (0.0, math.inf)
         self._warmup = getattr(policy, "warmup", 0)
         self._adapted = torch.tensor(adapted, dtype=torch.bool).to(device)
-        ones = torch.ones(len(adapted), dtype=torch.float64, device=device)
+        ones = torch.where(self._adapted, float(getattr(policy, "start", 1.0)), 1.0).double()
         known, used = (state.get(key, ones[:0]).to(ones) for key in (_KEY, _USED))
         if len(known) > len(ones):
             raise ValueError(f"the state has scales of {len(known)} layers, the optimizer has {len(ones)}")

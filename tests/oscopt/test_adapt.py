@@ -394,3 +394,17 @@ def test_names():
         optimizer = OscGD(net.named_parameters(), lr=0.01, adapt=name)
         losses = train(net, optimizer, 10)
         assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1.0, 30.0])
+def test_auto_finds_the_step_of_a_quadratic(lr):
+    """From rates that are far too small and 15 times too large, which GD would not survive."""
+    model = TwoLayers(torch.diag(torch.tensor([1.0, 0.7, 0.8, 1.0])), torch.ones(4)).to(DEVICE)
+    losses = run(model, OscGD(model.named_parameters(), lr=lr, adapt="auto"), 120)
+    assert max(losses) <= 1e3 * losses[0] and losses[-1] < 1e-6 * losses[0]
+
+
+@pytest.mark.parametrize("options", [{"target": 0.0}, {"grow": 1.0}, {"start": 0.0}, {"start": 2.0}], ids=str)
+def test_bad_auto(options):
+    with pytest.raises(ValueError, match=f"Invalid {next(iter(options))}"):
+        adapt.SmoothnessStep(**options)

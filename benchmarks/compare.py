@@ -1,0 +1,201 @@
+"""Does step adaptation spare the search for a learning rate? Small tasks, tuned and untuned contenders.
+
+    python benchmarks/compare.py --quick
+    python benchmarks/compare.py --seeds 0,1,2,3,4 --out runs/compare
+    python benchmarks/compare.py --batch 128 --only cnn,resnet18
+
+Gradient descent's best rate is searched for on a 2x grid for every task and seed: the loss that it ends with
+is the target. What else is tuned is so on the first seed. Every finished run is a line of compare.csv in
+--out; a second call makes only those that it lacks. Writes compare.png, compare.svg (performance profiles)
+and compare.md (tables) from all lines there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from run import machine
+
+from study.cli import Parser, integers, positive
+
+QUICK = "the quick tasks with one seed, in some minutes"
+
+
+def parser() -> Parser:
+    p = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", metavar="TASK,...", help="tasks (default: all)")
+    p.add_argument("--seeds", type=integers, metavar="N,...", help="default: 0,1,2,3,4")
+    p.add_argument("--batch", type=positive(int), metavar="N", help="samples in a step (default: all)")
+    p.add_argument("--threads", type=positive(int), default=1, metavar="N", help="default: %(default)s")
+    p.add_argument("--quick", action="store_true", help=QUICK)
+    p.add_argument("--out", default="runs/compare", metavar="DIR", help="default: %(default)s")
+    return p
+
+
+def chosen_tasks(options: argparse.Namespace) -> list:
+    """The tasks that the command line names.
+
+    Raises:
+        UserError: one is unknown, or has no mini-batches.
+    """
+    from race.tasks import TASKS
+    from study.errors import UserError
+
+    if options.only is None:
+        chosen = [task for task in TASKS.values() if task.quick or not options.quick]
+        return [task for task in chosen if not (options.batch and task.deterministic)]
+    names = list(dict.fromkeys(options.only.split(",")))
+    if unknown := [name for name in names if name not in TASKS]:
+        raise UserError(f"--only: unknown task {unknown[0]!r}; there are {', '.join(TASKS)}")
+    for name in names:
+        if options.batch and TASKS[name].deterministic:
+            raise UserError(f"--only: {name} has no samples to make batches of; leave --batch or {name} out")
+    return [TASKS[name] for name in names]
+
+
+def search(final: Callable[[float], float], start: float, factor: float) -> float:
+    """The rate of the lowest `final` loss on a grid around `start`, which grows until both of its neighbours
+    are worse; at most 12 rates to a side, for a loss that falls forever."""
+    finals = {k: final(start * factor**k) for k in (0, 1, -1)}
+    while True:
+        best = min(finals, key=finals.__getitem__)
+        if math.isinf(finals[best]):
+            best = min(finals)  # all diverge: go down
+        missing = [k for k in (best + 1, best - 1) if k not in finals and abs(k) <= 12]
+        if not missing:
+            return start * factor**best
+        finals[missing[0]] = final(start * factor ** missing[0])
+
+
+class Race:
+    """Makes the runs that a file lacks.
+
+    Args:
+        results: the lines that are there, and where new ones go.
+        about: columns that all have: date, machine, versions.
+        first: the seed that is tuned on.
+    """
+
+    def __init__(self, results, about: dict[str, Any], batch: int | None, first: int) -> None:
+        self._results, self._about, self._batch, self._first = results, about, batch, first
+
+    def run(self, task, seed: int, contender, rate: float, best: float, target: float | None) -> float:
+        """The final loss of a run, made if it is not there; inf: it diverged."""
+        from race.train import train
+
+        key = (task.name, seed, self._batch, contender.name, f"{rate:.6g}")
+        row = self._results.get(key)
+        if row is None:
+            run = train(
+                task,
+                seed,
+                lambda named: contender.make(rate, best, named),
+                batch=self._batch,
+                target=target,
+            )
+            epochs = run.reached(run.final if target is None else target)
+            row = self._results.add(
+                key,
+                self._about
+                | {
+                    "epochs": task.epochs,
+                    "target": run.final if target is None else target,
+                    "reached": epochs,
+                    "seconds": None if epochs is None else run.seconds[epochs],
+                    "final": run.final,
+                    "diverged": int(run.diverged),
+                },
+            )
+            told = f"reached in {epochs} epochs" if epochs is not None else "not reached"
+            told = "diverged" if run.diverged else told
+            print(
+                f"{task.name} seed {seed}: {contender.name} {rate:.3g}: {run.final:.4g}, {told}", flush=True
+            )
+        return math.inf if row["diverged"] else row["final"]
+
+    def all(self, task, seed: int, chosen: Sequence) -> None:
+        """Every contender on one task and seed."""
+        base = chosen[0]
+        near = self._results.best(task.name, self._first, self._batch, base.name)
+        best = search(
+            lambda rate: self.run(task, seed, base, rate, rate, None),
+            task.lr if near is None else near["rate"],
+            base.factor,
+        )
+        target = self.run(task, seed, base, best, best, None)
+        for contender in chosen[1:]:
+
+            def final(rate: float, contender=contender) -> float:
+                return self.run(task, seed, contender, rate, best, target)
+
+            tuned = self._results.best(task.name, self._first, self._batch, contender.name)
+            if contender.factor is None:
+                final(contender.start(best))
+            elif seed == self._first or tuned is None:
+                search(final, contender.start(best), contender.factor)
+            else:
+                final(tuned["rate"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from study.errors import UserError
+
+    options = parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; finished runs are in {options.out}/compare.csv", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from race import contenders, plot, table
+    from race.results import Results
+    from study.errors import UserError
+
+    tasks = chosen_tasks(options)
+    seeds = options.seeds or ([0] if options.quick else [0, 1, 2, 3, 4])
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        results = Results(out / "compare.csv")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
+    except (ValueError, KeyError, csv.Error) as error:
+        raise UserError(f"{out}/compare.csv is damaged ({error}); use another --out") from None
+    torch.set_num_threads(options.threads)
+    chosen, absent = contenders.contenders()
+    if absent:
+        print(f"left out, not installed: {', '.join(absent)} (pip install 'oscopt[compare]')")
+    here = machine()
+    about = {key: here[key] for key in ("date", "oscopt", "torch")} | {"threads": options.threads}
+    about["device"] = f"{here['processor']} ({here['cores']} cores)"
+    race = Race(results, about, options.batch, seeds[0])
+    for seed in seeds:
+        for task in tasks:
+            race.all(task, seed, chosen)
+    for batch in results.batches():
+        name = "compare" if batch is None else f"compare-{batch}"
+        rows = results.chosen(batch)
+        plot.draw(rows, out / name)
+        text = table.markdown(rows)
+        (out / f"{name}.md").write_text(text)
+        if batch == options.batch:
+            print("\n" + text)
+            print(f"files: {out}/compare.csv, {name}.md, {name}.png, {name}.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

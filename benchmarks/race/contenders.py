@@ -1,0 +1,92 @@
+"""What races: plain and momentum methods at their best rates, methods without a rate, step adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import Parameter
+
+from oscopt import OscGD
+from oscopt.adapt import CosineStep, Hypergradient, SecantStep
+
+Named = Iterable[tuple[str, Parameter]]
+BASE = "gd"
+STARTS = (0.01, 0.1, 1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method.
+
+    Attributes:
+        name: what the tables call it.
+        make: (what is tuned, gradient descent's best rate, named parameters) -> the optimizer.
+        factor: the grid's spacing, where something is tuned: it is multiplied and divided by this until both
+            neighbours of the best are worse; None: nothing is.
+        start: gradient descent's best rate -> where that begins.
+    """
+
+    name: str
+    make: Callable[[float, float, Named], torch.optim.Optimizer]
+    factor: float | None = None
+    start: Callable[[float], float] = lambda best: 1.0
+
+
+def _parameters(named: Named) -> list[Parameter]:
+    return [p for _, p in named]
+
+
+def _sgd(**options):
+    return lambda rate, best, named: torch.optim.SGD(_parameters(named), lr=rate, **options)
+
+
+def _adapted(policy: Callable[[float], object], times: float):
+    """OscGD from `times` the best rate."""
+    return lambda rate, best, named: OscGD(named, lr=times * best, adapt=policy(rate))
+
+
+def _from_packages() -> tuple[list[Contender], list[str]]:
+    """Methods that other packages publish, and which of these are not installed."""
+    found, absent = [], []
+    try:
+        from prodigyopt import Prodigy
+
+        found.append(Contender("prodigy", lambda rate, best, named: Prodigy(_parameters(named), lr=1.0)))
+    except ImportError:
+        absent.append("prodigyopt")
+    try:
+        from schedulefree import SGDScheduleFree
+
+        def free(rate, best, named):
+            optimizer = SGDScheduleFree(_parameters(named), lr=rate)
+            optimizer.train()
+            return optimizer
+
+        found.append(Contender("schedule-free sgd", free, 2.0, lambda best: 4 * best))
+    except ImportError:
+        absent.append("schedulefree")
+    return found, absent
+
+
+def contenders() -> tuple[list[Contender], list[str]]:
+    """All of them, gradient descent first; and the packages that are absent."""
+    others, absent = _from_packages()
+    hd = _adapted(lambda rate: Hypergradient(rate, granularity="global"), 0.1)
+    return [
+        Contender(BASE, _sgd(), 2.0, lambda best: best),
+        Contender("heavy ball", _sgd(momentum=0.9), 2.0, lambda best: best / 8),
+        Contender("nesterov", _sgd(momentum=0.9, nesterov=True), 2.0, lambda best: best / 8),
+        Contender(
+            "adam",
+            lambda rate, best, named: torch.optim.Adam(_parameters(named), lr=rate),
+            2.0,
+            lambda best: 0.004,
+        ),
+        Contender("sgd-hd x0.1", hd, 10.0, lambda best: 1e-2 * best),
+        Contender("adaptive gd x0.01", _adapted(lambda rate: SecantStep(), 0.01)),
+        *others,
+        *(Contender(f"cosine x{t:g}", _adapted(lambda rate: CosineStep(), t)) for t in STARTS),
+        *(Contender(f"auto x{t:g}", _adapted(lambda rate: "auto", t)) for t in STARTS),
+    ], absent

@@ -1,0 +1,162 @@
+"""What is trained: small enough that a run takes seconds on one core, large enough to show the regimes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from study.data import load
+from study.models import build
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One seed of a task.
+
+    Attributes:
+        model: what is trained.
+        loss: (indices of the samples, or None for all) -> the mean loss.
+        samples: how many there are; 0: the objective is no sum over samples.
+    """
+
+    model: nn.Module
+    loss: Callable[[Tensor | None], Tensor]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is run.
+
+    Attributes:
+        name: for tables.
+        epochs: the budget, in full-batch steps.
+        lr: where the search for gradient descent's best rate starts.
+        start: seed -> the problem.
+        quick: whether `--quick` runs it.
+        deterministic: whether there are no samples to make batches of.
+    """
+
+    name: str
+    epochs: int
+    lr: float
+    start: Callable[[int], Problem]
+    quick: bool = False
+    deterministic: bool = False
+
+
+def _classify(model: nn.Module, x: Tensor, y: Tensor) -> Problem:
+    def loss(index: Tensor | None) -> Tensor:
+        inputs, labels = (x, y) if index is None else (x[index], y[index])
+        return F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten())
+
+    return Problem(model, loss, len(x))
+
+
+def _pictures(name: str, n_train: int, image_size: int, width: int):
+    def start(seed: int) -> Problem:
+        x, y = load("mnist5k", n_train, image_size, None, seed)
+        return _classify(build(name, 1, image_size, width, seed), x, y)
+
+    return start
+
+
+def _logistic(seed: int) -> Problem:
+    """Regularized, or the loss would have no minimum: 1,000 pictures can be separated."""
+    x, y = load("mnist5k", 1000, 16, None, seed)
+    problem = _classify(build("linear", 1, 16, 1, seed), x, y)
+    weight = problem.model.fc.weight
+    return Problem(problem.model, lambda index: problem.loss(index) + 5e-3 * weight.square().sum(), len(x))
+
+
+def _mlp(seed: int) -> Problem:
+    x, y = load("mnist5k", 500, 16, None, seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 10))
+    return _classify(model, x, y)
+
+
+class Transformer(nn.Module):
+    """Four pre-norm layers that predict each token of a sequence from those before it."""
+
+    def __init__(self, tokens: int, length: int, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tokens, width)
+        self.position = nn.Embedding(length, width)
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
+        )
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, tokens)
+        for part in self.layers.layers[1:]:  # they start as copies of the first
+            for p in part.parameters():
+                if p.ndim == 2:
+                    nn.init.xavier_uniform_(p)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
+        self.register_buffer("places", torch.arange(length))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position(self.places)
+        return self.head(self.norm(self.layers(x, mask=self.mask, is_causal=True)))
+
+
+def _transformer(seed: int) -> Problem:
+    """Sequences that repeat their first half: the second half can be known, by attending to the first."""
+    half, tokens = 8, 16
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(0, tokens, (64, half), generator=generator)
+    sequences = torch.cat([first, first], 1)
+    torch.manual_seed(seed)
+    return _classify(Transformer(tokens, 2 * half - 1), sequences[:, :-1], sequences[:, 1:])
+
+
+class Quadratic(nn.Module):
+    """1/2 x'Hx, eigenvalues from 1/condition to 1 in a random basis, x in four layers."""
+
+    def __init__(self, condition: float, seed: int, size: int = 100) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        values = torch.logspace(-math.log10(condition), 0, size, dtype=torch.float64)
+        self.register_buffer("hessian", basis @ torch.diag(values) @ basis.T)
+        start = torch.randn(4, size // 4, generator=generator, dtype=torch.float64)
+        self.layers = nn.ModuleList()
+        for part in start:
+            layer = nn.Module()
+            layer.x = nn.Parameter(part.clone())
+            self.layers.append(layer)
+
+    def forward(self) -> Tensor:
+        x = torch.cat([layer.x for layer in self.layers])
+        return 0.5 * x @ self.hessian @ x
+
+
+def _quadratic(condition: float):
+    def start(seed: int) -> Problem:
+        model = Quadratic(condition, seed)
+        return Problem(model, lambda index: model(), 0)
+
+    return start
+
+
+_ALL = (
+    Task("quadratic-1e2", 300, 1.0, _quadratic(1e2), quick=True, deterministic=True),
+    Task("quadratic-1e4", 1000, 1.0, _quadratic(1e4), deterministic=True),
+    Task("logistic", 300, 0.03, _logistic, quick=True),
+    Task("mlp", 200, 0.3, _mlp, quick=True),
+    Task("cnn", 100, 0.1, _pictures("cnn", 200, 16, 8), quick=True),
+    Task("cnn_bn", 80, 0.3, _pictures("cnn_bn", 200, 16, 8)),
+    Task("vgg16", 80, 0.02, _pictures("vgg16", 64, 32, 8)),
+    Task("resnet18", 60, 1.0, _pictures("resnet18", 100, 12, 8), quick=True),
+    Task("resnet34", 60, 1.0, _pictures("resnet34", 100, 12, 8)),
+    Task("transformer", 150, 0.3, _transformer),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+"""By name."""

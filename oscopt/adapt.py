@@ -28,6 +28,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,9 +62,9 @@ class Measured:
     lr: Tensor
     prev_step: Tensor
 
-    @property
+    @cached_property
     def correlation(self) -> Tensor:
-        """mu, in [-1, 1]."""
+        """mu, in [-1, 1]; NaN where there is no valid pair."""
         return measures.correlation(self.dot, self.sq_norm, self.prev_sq_norm)
 
     @property
@@ -199,7 +200,7 @@ class SmoothnessStep(_Rule):
         start: the first scale, in (0, 1].
     """
 
-    target: float = 0.8
+    target: float = 1.0
     grow: float = 1.2
     start: float = 0.01
     bounds: tuple[float, float] | None = field(default=(1e-4, 1e6), kw_only=True)
@@ -214,17 +215,17 @@ class SmoothnessStep(_Rule):
             raise ValueError(f"Invalid start: {self.start}; use a scale in (0, 1]")
 
     def __call__(self, measured: Measured) -> Tensor:
+        correlation = measured.correlation
         pair = torch.stack([measured.diff_sq_norm, measured.prev_sq_norm])
-        valid = torch.isfinite(measured.correlation)
-        of_all = torch.where(valid, pair, 0.0).sum(1)
-        size = (pair[0] / pair[1] * (of_all[0] / of_all[1])) ** 0.25
-        found = self.state.get("found")
-        found = size > self.target / 2 if found is None else (found > 0) | (size > self.target / 2)
-        self.state["found"] = found.to(size)
-        factor = self.target / size * (measured.prev_step / (measured.lr * measured.scale))
+        change, before = pair
+        change_of_all, before_of_all = torch.where(correlation == correlation, pair, 0.0).sum(1)
+        size = (change / before * (change_of_all / before_of_all)) ** 0.25
+        peak = self.state.get("peak")
+        self.state["peak"] = peak = size if peak is None else torch.fmax(peak, size)
         # The growth is capped, not damped: what curvature there is shows only a step later.
-        growth = torch.where(found, self.grow, 2.0)
-        return measured.scale * torch.minimum(factor, growth).clamp_min(0.1)
+        growth = torch.where(peak > self.target / 2, self.grow, 2.0)
+        wanted = measured.prev_step / (size * measured.lr) * self.target
+        return wanted.clamp(0.1 * measured.scale, growth * measured.scale)
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -259,6 +260,9 @@ def resolve(adapt: str | Policy | None) -> Policy | None:
         raise ValueError(f"Invalid lag: {adapt.lag!r}; use 1 (the next step) or 0 (this step)")
     if getattr(adapt, "granularity", "layer") not in ("layer", "global"):
         raise ValueError(f"Invalid granularity: {adapt.granularity!r}; use 'layer' or 'global'")
+    start = getattr(adapt, "start", 1.0)
+    if not (isinstance(start, int | float) and 0 < start < math.inf):
+        raise ValueError(f"Invalid start: {start!r}; use a scale that is positive and finite")
     warmup = getattr(adapt, "warmup", 0)
     if not (isinstance(warmup, int) and warmup >= 0):
         raise ValueError(f"Invalid warmup: {warmup!r}; use a number of steps, 0 or more")
@@ -319,7 +323,7 @@ class Adapter:
         """
         self._seen += 1
         measured = Measured(*sums, scale=self.scale, lr=lr, prev_step=prev_step)
-        valid = self._adapted & torch.isfinite(measured.correlation)
+        valid = self._adapted & (measured.correlation == measured.correlation)
         if self._together:
             measured = measured.together(valid)
         new = self.policy(measured)
@@ -331,14 +335,14 @@ class Adapter:
             )
         if self._seen <= self._warmup:
             return
-        good = torch.isfinite(new) & (new >= 0)
-        bad = valid & ~good
-        self.rejected = self.rejected + bad.sum()
-        if not self._warned and bad.device.type == "cpu" and bool(bad.any()):
+        usable = valid & (new >= 0) & (new < math.inf)
+        bad = (valid > usable).sum()
+        self.rejected = self.rejected + bad
+        if not self._warned and bad.device.type == "cpu" and bad.item():
             self._warned = True
             warnings.warn(
                 f"the policy {self.policy!r} returned a scale that is negative or not finite; the last good "
                 "ones are kept, here and from now on (rejected_scales counts them)",
                 stacklevel=2,
             )
-        self.scale = torch.where(valid & good, new.to(self.scale).clamp(*self._bounds), self.scale)
+        self.scale = torch.where(usable, new.to(self.scale).clamp(*self._bounds), self.scale)

@@ -42,6 +42,10 @@ def _sgd(**options):
     return lambda rate, best, named: torch.optim.SGD(_parameters(named), lr=rate, **options)
 
 
+def _adam(rate: float, best: float, named: Named) -> torch.optim.Optimizer:
+    return torch.optim.Adam(_parameters(named), lr=rate)
+
+
 def _adapted(policy: Callable[[float], object], times: float):
     """OscGD from `times` the best rate."""
     return lambda rate, best, named: OscGD(named, lr=times * best, adapt=policy(rate))
@@ -76,17 +80,12 @@ def contenders() -> tuple[list[Contender], list[str]]:
     hd = _adapted(lambda rate: Hypergradient(rate, granularity="global"), 0.1)
     return [
         Contender(BASE, _sgd(), 2.0, lambda best: best),
-        Contender("heavy ball", _sgd(momentum=0.9), 2.0, lambda best: best / 8),
-        Contender("nesterov", _sgd(momentum=0.9, nesterov=True), 2.0, lambda best: best / 8),
-        Contender(
-            "adam",
-            lambda rate, best, named: torch.optim.Adam(_parameters(named), lr=rate),
-            2.0,
-            lambda best: 0.004,
-        ),
-        Contender("sgd-hd x0.1", hd, 10.0, lambda best: 1e-2 * best),
-        Contender("adaptive gd x0.01", _adapted(lambda rate: SecantStep(), 0.01)),
-        *others,
-        *(Contender(f"cosine x{t:g}", _adapted(lambda rate: CosineStep(), t)) for t in STARTS),
         *(Contender(f"auto x{t:g}", _adapted(lambda rate: "auto", t)) for t in STARTS),
+        *(Contender(f"cosine x{t:g}", _adapted(lambda rate: CosineStep(), t)) for t in STARTS),
+        Contender("adaptive gd x0.01", _adapted(lambda rate: SecantStep(), 0.01)),
+        Contender("sgd-hd x0.1", hd, 10.0, lambda best: 1e-2 * best),
+        Contender("heavy ball", _sgd(momentum=0.9), 2.0, lambda best: best / 4),
+        Contender("nesterov", _sgd(momentum=0.9, nesterov=True), 2.0, lambda best: best / 4),
+        Contender("adam", _adam, 2.0, lambda best: 0.016),
+        *others,
     ], absent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from study.data import load
+from study import data
 from study.models import build
+
+_load = functools.cache(data.load)  # every run starts anew, and reading takes as long as some runs
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def _classify(model: nn.Module, x: Tensor, y: Tensor) -> Problem:
 
 def _pictures(name: str, n_train: int, image_size: int, width: int):
     def start(seed: int) -> Problem:
-        x, y = load("mnist5k", n_train, image_size, None, seed)
+        x, y = _load("mnist5k", n_train, image_size, None, seed)
         return _classify(build(name, 1, image_size, width, seed), x, y)
 
     return start
@@ -68,14 +71,14 @@ def _pictures(name: str, n_train: int, image_size: int, width: int):
 
 def _logistic(seed: int) -> Problem:
     """Regularized, or the loss would have no minimum: 1,000 pictures can be separated."""
-    x, y = load("mnist5k", 1000, 16, None, seed)
+    x, y = _load("mnist5k", 1000, 16, None, seed)
     problem = _classify(build("linear", 1, 16, 1, seed), x, y)
     weight = problem.model.fc.weight
     return Problem(problem.model, lambda index: problem.loss(index) + 5e-3 * weight.square().sum(), len(x))
 
 
 def _mlp(seed: int) -> Problem:
-    x, y = load("mnist5k", 500, 16, None, seed)
+    x, y = _load("mnist5k", 500, 16, None, seed)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 10))
     return _classify(model, x, y)
@@ -110,7 +113,7 @@ def _transformer(seed: int) -> Problem:
     """Sequences that repeat their first half: the second half can be known, by attending to the first."""
     half, tokens = 8, 16
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(0, tokens, (64, half), generator=generator)
+    first = torch.randint(0, tokens, (32, half), generator=generator)
     sequences = torch.cat([first, first], 1)
     torch.manual_seed(seed)
     return _classify(Transformer(tokens, 2 * half - 1), sequences[:, :-1], sequences[:, 1:])
@@ -148,14 +151,14 @@ def _quadratic(condition: float):
 _ALL = (
     Task("quadratic-1e2", 300, 1.0, _quadratic(1e2), quick=True, deterministic=True),
     Task("quadratic-1e4", 1000, 1.0, _quadratic(1e4), deterministic=True),
-    Task("logistic", 300, 0.03, _logistic, quick=True),
-    Task("mlp", 200, 0.3, _mlp, quick=True),
-    Task("cnn", 100, 0.1, _pictures("cnn", 200, 16, 8), quick=True),
-    Task("cnn_bn", 80, 0.3, _pictures("cnn_bn", 200, 16, 8)),
-    Task("vgg16", 80, 0.02, _pictures("vgg16", 64, 32, 8)),
-    Task("resnet18", 60, 1.0, _pictures("resnet18", 100, 12, 8), quick=True),
-    Task("resnet34", 60, 1.0, _pictures("resnet34", 100, 12, 8)),
-    Task("transformer", 150, 0.3, _transformer),
+    Task("logistic", 300, 0.5, _logistic, quick=True),
+    Task("mlp", 200, 1.0, _mlp, quick=True),
+    Task("cnn", 100, 0.1, _pictures("cnn", 128, 16, 8), quick=True),
+    Task("cnn_bn", 80, 0.3, _pictures("cnn_bn", 128, 16, 8)),
+    Task("vgg16", 80, 0.04, _pictures("vgg16", 48, 32, 8)),
+    Task("resnet18", 50, 0.5, _pictures("resnet18", 64, 12, 8), quick=True),
+    Task("resnet34", 50, 0.5, _pictures("resnet34", 64, 12, 8)),
+    Task("transformer", 120, 1.0, _transformer),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -1,35 +1,154 @@
-"""benchmarks/compare.py: bad input, and a whole small comparison."""
+"""benchmarks/compare.py as users run it."""
 
 from __future__ import annotations
 
 import csv
+import math
 
 import compare
 import pytest
+import torch
 
-from race.tasks import TASKS
+from race import contenders, plot, table, tasks
+from race.results import COLUMNS, Results
+from race.train import train
+
+SMALL = tasks.Task("small", 30, 1.0, tasks._quadratic(20.0), deterministic=True)
+NET = tasks.Task("net", 3, 0.5, tasks._pictures("linear", 40, 8, 1))
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+    monkeypatch.setattr(tasks, "TASKS", {"small": SMALL, "net": NET})
+
+
+def rows_in(folder):
+    with open(folder / "compare.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_small_run_goes_on_where_it_ended(small_tasks, tmp_path, capsys, monkeypatch):
+    arguments = ["--only", "small", "--seeds", "0,1", "--out", str(tmp_path)]
+    assert compare.main(arguments) == 0
+    rows = rows_in(tmp_path)
+    names = [c.name for c in contenders.contenders()[0]]
+    assert list(rows[0]) == list(COLUMNS) and {r["contender"] for r in rows} == set(names)
+    gd = {float(r["rate"]): float(r["final"]) for r in rows if (r["contender"], r["seed"]) == ("gd", "0")}
+    best = min(gd, key=gd.get)
+    assert {best / 2, best, best * 2} <= set(gd)  # it lies inside the grid
+    auto = [r for r in rows if r["contender"].startswith("auto")]
+    assert len(auto) == 8 and all(float(r["target"]) in gd.values() for r in auto if r["seed"] == "0")
+    chosen = Results(tmp_path / "compare.csv").chosen(None)
+    assert len(chosen) == 2 * len(names)
+    assert [r["epoch_ratio"] for r in chosen if r["contender"] == "gd"] == [1.0, 1.0]
+    for name in ("compare.png", "compare.svg"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    text = (tmp_path / "compare.md").read_text()
+    assert text in capsys.readouterr().out and "| auto x0.01 |" in text
+
+    # Killed while it wrote a line: that run is made again, and nothing else.
+    file = tmp_path / "compare.csv"
+    whole = file.read_text()
+    file.write_text(whole[:-30])
+    made = []
+    monkeypatch.setattr("race.train.train", lambda *a, **k: made.append(a) or train(*a, **k))
+    assert compare.main(arguments) == 0
+    assert len(made) == 1 and len(rows_in(tmp_path)) == len(rows)
+
+
+def test_batches(small_tasks, tmp_path):
+    assert compare.main(["--batch", "16", "--quick", "--only", "net", "--out", str(tmp_path)]) == 0
+    rows = rows_in(tmp_path)
+    assert {r["batch"] for r in rows} == {"16"} and {r["seed"] for r in rows} == {"0"}
+    assert (tmp_path / "compare-16.md").exists()
+
+
+def test_the_search_finds_the_grid_point():
+    tried = []
+
+    def final(rate):
+        tried.append(rate)
+        return math.inf if rate > 40 else (math.log2(rate) - 5) ** 2
+
+    assert compare.search(final, 1.0, 2.0) == 32.0 and max(tried) == 64.0
+    assert compare.search(lambda rate: math.inf if rate > 0.1 else 1 / rate, 1.0, 2.0) == 2**-4
+    assert compare.search(lambda rate: 1 / rate, 1.0, 2.0) == 2**12
+
+
+@pytest.mark.parametrize("batch", [None, 16])
+def test_losses_are_those_of_the_whole_set(batch):
+    """After 0, 1, ... epochs; those of plain gradient descent written out."""
+
+    def sgd(named):
+        return torch.optim.SGD([p for _, p in named], lr=0.1)
+
+    run = train(NET, 3, sgd, batch=batch)
+    problem = NET.start(3)
+    optimizer = sgd(problem.model.named_parameters())
+    order = torch.Generator().manual_seed(3)
+    for loss in run.losses:
+        assert loss == pytest.approx(problem.loss(None).item(), rel=1e-5)
+        parts = [None] if batch is None else torch.randperm(40, generator=order).split(batch)
+        for part in parts:
+            optimizer.zero_grad()
+            problem.loss(part).backward()
+            optimizer.step()
+    assert len(run.losses) == len(run.seconds) == 4 and run.final == run.losses[3]
+    assert run.reached(run.final) == 3 and run.reached(0.0) is None and not run.diverged
+
+
+def test_a_target_gives_half_as_much_time_again():
+    def sgd(rate):
+        return lambda named: torch.optim.SGD([p for _, p in named], lr=rate)
+
+    target = train(SMALL, 0, sgd(1.0)).final
+    slow = train(SMALL, 0, sgd(0.75), target=target)
+    assert slow.reached(target) == len(slow.losses) - 1 <= 45 and slow.final == slow.losses[30] > target
+    gone = train(SMALL, 0, sgd(100.0), target=target)
+    assert gone.diverged and gone.final == math.inf and len(gone.losses) < 5
+
+
+def test_every_task_starts_alike():
+    for task in tasks.TASKS.values():
+        one, other = (task.start(1).loss(None) for _ in range(2))
+        assert one == other != task.start(2).loss(None)
+        one.backward()
+
+
+def test_no_target_and_divergence_have_their_words(tmp_path):
+    row = {"task": "t", "seed": 0, "batch": None, "rate": 1.0, "device": "d", "threads": "1", "torch": "2"}
+    row |= {"date": "2026-01-01T00:00:00", "diverged": 0, "epoch_ratio": 1.0, "second_ratio": 1.0}
+    never = {"contender": "auto x1", "epoch_ratio": math.inf, "second_ratio": math.inf, "final_ratio": 3.0}
+    rows = [row | {"contender": "gd", "final_ratio": 1.0}, row | never, row | never | {"seed": 1}]
+    rows.append(row | never | {"contender": "adam", "diverged": 1, "final_ratio": math.inf})
+    text = table.markdown(rows)
+    assert "| auto x1 | never (never to never) |" in text and "| adam | diverged |" in text
+    assert "| auto x1 | never | never | 0 of 2 | 0 of 2 | 0 | never |" in text
+    plot.draw(rows, tmp_path / "p")
+    assert (tmp_path / "p.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [(["--only", "chess"], "unknown task 'chess'; there are " + ", ".join(TASKS))],
+    ("arguments", "message"),
+    [
+        (["--only", "cnn,unknown"], "unknown task 'unknown'"),
+        (["--only", "quadratic-1e2", "--batch", "8"], "has no samples to make batches of"),
+        (["--batch", "0"], "is not a whole number greater than 0"),
+        (["--seeds", "0,x"], "'x' is not a whole number"),
+        (["--out", "/dev/null/x"], "give a folder that can be written"),
+    ],
+    ids=str,
 )
-def test_bad_input(arguments, words, capsys, tmp_path):
-    assert compare.main([*arguments, "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert words in error and len(error.strip().splitlines()) == 1
+def test_bad_input(arguments, message, capsys):
+    try:
+        code = compare.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr().err
+    assert code == 2 and message in captured and captured.count("\n") == 1
 
 
-def test_search_finds_the_best_rate():
-    """On a loss with one valley, from either side."""
-    for start in (1e-2, 1.0, 1e3):
-        best = compare.search(lambda lr: abs(compare.math.log2(lr) - 3.2), start, 2.0)
-        assert abs(compare.math.log2(best) - 3.2) <= 1
-
-
-def test_a_column_for_every_row(tmp_path):
-    name = next(name for name, task in TASKS.items() if task.deterministic)
-    assert compare.main(["--only", name, "--seeds", "0", "--out", str(tmp_path)]) == 0
-    with open(tmp_path / "compare.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert rows and {row["task"] for row in rows} == {name}
+def test_a_file_that_is_something_else(tmp_path, capsys):
+    (tmp_path / "compare.csv").write_text("a,b\n1,2\n")
+    assert compare.main(["--quick", "--out", str(tmp_path)]) == 2
+    assert "is damaged" in capsys.readouterr().err

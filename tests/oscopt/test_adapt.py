@@ -14,7 +14,7 @@ from helpers import BACKENDS, DEVICE, Quadratic, batch, small_net, train
 from torch import nn
 
 from oscopt import OscGD, adapt
-from oscopt.adapt import CosineStep, Hypergradient, SecantStep
+from oscopt.adapt import CosineStep, Hypergradient, SecantStep, SmoothnessStep
 
 
 def run(model, optimizer, steps):
@@ -169,6 +169,72 @@ def test_cosine_target_shifts_the_balance():
     np.testing.assert_allclose(np.log(scales), expected, atol=1e-12)
 
 
+# ---- adapt="auto" ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [1e-2, 0.3, 50.0])
+def test_smoothness_settles_at_its_target(start):
+    """With one curvature h, R is lr s h: it grows by doubling and 1.2, and stays where that is the target."""
+    model = Quadratic(4.0 * torch.eye(3), torch.ones(3)).to(DEVICE)
+    optimizer = OscGD(model.named_parameters(), lr=start / 4, adapt=SmoothnessStep(0.7))
+    run(model, optimizer, 40)
+    step = optimizer.history.lr[:, 0] * optimizer.history.step_scale[:, 0] * 4
+    assert step[0] == pytest.approx(0.01 * start)
+    np.testing.assert_allclose(step[-20:], 0.7, rtol=1e-6)
+    growth = step[1:] / step[:-1]
+    assert growth.max() <= 2 * (1 + 1e-6) and growth.min() >= 0.1 * (1 - 1e-12)
+    assert (growth[1:][step[:-2] > 0.35] <= 1.2 * (1 + 1e-6)).all()  # what is known acts a step later
+
+
+def test_smoothness_is_its_recurrence():
+    """Written out from the gradients, layer by layer."""
+    hessian, start = random_hessian(6, 30.0), torch.linspace(1, 2, 6, dtype=torch.float64)
+    model = TwoLayers(hessian, start).to(DEVICE)
+    optimizer = OscGD(model.named_parameters(), lr=1.0, adapt="auto")
+    run(model, optimizer, 50)
+    x, last, found = start.numpy().copy(), None, np.zeros(2, bool)
+    used = scale = np.full(2, 0.01)
+    scales = []
+    for _ in range(50):
+        g = hessian.numpy() @ x
+        new = scale
+        if last is not None:
+            change, before = ((v**2).reshape(2, 3).sum(1) for v in (g - last, last))
+            size = np.sqrt(np.sqrt(change / before) * np.sqrt(change.sum() / before.sum()))
+            found |= size > 0.5
+            factor = np.minimum(used / (size * scale), np.where(found, 1.2, 2.0))
+            new = scale * np.maximum(factor, 0.1)
+        scales.append(scale)
+        x = x - np.repeat(scale, 3) * g
+        used, scale, last = scale, new, g
+    np.testing.assert_allclose(optimizer.history.step_scale, scales, rtol=1e-4)
+    ours = torch.cat([model.a["x"], model.b["x"]]).detach().cpu().numpy()
+    np.testing.assert_allclose(ours, x, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.1, 10.0, 100.0])
+def test_smoothness_needs_no_rate_on_quadratics(lr):
+    """Faster than the best of gradient descent, also from rates at which that diverges at once."""
+    hessian = random_hessian(20, 1e3)
+    start = torch.ones(20, dtype=torch.float64)
+    model = Quadratic(hessian, start)
+    plain = run(model, torch.optim.SGD(model.parameters(), lr=1.9), 600)
+    model = Quadratic(hessian, start)
+    losses = run(model, OscGD(model.named_parameters(), lr=lr, adapt="auto"), 600)
+    assert max(losses) <= 5 * losses[0] and steps_to(losses, plain[-1]) <= 600
+
+
+def test_smoothness_survives_what_it_cannot_use():
+    """After a gradient that jumps, and one that is not finite, scales go on from where they can be."""
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64, device=DEVICE))
+    optimizer = OscGD([("x", x)], lr=1.0, adapt="auto")
+    for size in (1.0, 1.0, 1e100, math.nan, 1.0, 1.0, 1.0):
+        x.grad = torch.full_like(x, size)
+        optimizer.step()
+    scales = np.append(optimizer.history.step_scale[:, 0], optimizer.step_scale.item())
+    np.testing.assert_allclose(scales, 0.01 * np.array([1, 1, 2, 0.2, 0.2, 0.2, 0.24, 0.288]))
+
+
 # ---- where the scales act --------------------------------------------------------------------------------
 
 
@@ -268,7 +334,9 @@ def test_together_with_other_options(options):
 # ---- states ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [CosineStep(0.2), SecantStep(), Hypergradient(1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "policy", [CosineStep(0.2), SecantStep(), Hypergradient(1e-3), SmoothnessStep()], ids=str
+)
 @pytest.mark.parametrize("way", ["state_dict", "pickle"])
 def test_goes_on_as_if_never_stopped(policy, way):
     net = small_net()
@@ -366,6 +434,7 @@ def test_wrong_shape(returned):
         (CosineStep(granularity="tensor"), "Invalid granularity: 'tensor'"),
         (CosineStep(lag=2), "Invalid lag: 2"),
         (CosineStep(warmup=-1), "Invalid warmup: -1"),
+        (SmoothnessStep(bounds=(2.0, 1.0)), r"Invalid bounds: \(2.0, 1.0\)"),
     ],
     ids=str,
 )
@@ -388,6 +457,30 @@ def test_bad_cosine(options):
         CosineStep(**options)
 
 
+@pytest.mark.parametrize("options", [{"target": 0}, {"grow": 1.0}, {"start": 0.0}, {"start": 2.0}], ids=str)
+def test_bad_smoothness(options):
+    with pytest.raises(ValueError, match=f"Invalid {next(iter(options))}"):
+        SmoothnessStep(**options)
+
+
+def test_a_policy_says_where_scales_start():
+    class Policy:
+        start = 0.25
+
+        def __call__(self, measured):
+            return measured.scale
+
+    net = small_net()
+    groups = [
+        {"params": list(net[0].named_parameters("0")), "adapt": False},
+        {"params": list(net[4].named_parameters("4"))},
+    ]
+    assert OscGD(groups, lr=0.1, adapt=Policy()).step_scale.tolist() == [1.0, 0.25]
+    Policy.start = -1.0
+    with pytest.raises(ValueError, match="Invalid start: -1.0"):
+        OscGD(net.parameters(), adapt=Policy())
+
+
 def test_names():
     for name in adapt.POLICIES:
         net = small_net()
@@ -404,7 +497,3 @@ def test_auto_finds_the_step_of_a_quadratic(lr):
     assert max(losses) <= 1e3 * losses[0] and losses[-1] < 1e-6 * losses[0]
 
 
-@pytest.mark.parametrize("options", [{"target": 0.0}, {"grow": 1.0}, {"start": 0.0}, {"start": 2.0}], ids=str)
-def test_bad_auto(options):
-    with pytest.raises(ValueError, match=f"Invalid {next(iter(options))}"):
-        adapt.SmoothnessStep(**options)

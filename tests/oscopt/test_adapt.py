@@ -495,5 +495,3 @@ def test_auto_finds_the_step_of_a_quadratic(lr):
     model = TwoLayers(torch.diag(torch.tensor([1.0, 0.7, 0.8, 1.0])), torch.ones(4)).to(DEVICE)
     losses = run(model, OscGD(model.named_parameters(), lr=lr, adapt="auto"), 120)
     assert max(losses) <= 1e3 * losses[0] and losses[-1] < 1e-6 * losses[0]
-
-

@@ -190,9 +190,10 @@ class SmoothnessStep(_Rule):
 
         s <- s clip(target / sqrt(R_l R_all) * (last step / this step), 1/10, growth)
 
-    `growth` is 2 until R passes half the target for the first time, `grow` from then on. The first steps are
-    `start` times the learning rate, so that one that is too large does no harm. Meant for full batches: the
-    noise of small ones looks like curvature, and the scales fall to their lower bound.
+    `growth` is 2 until R passes half the target for the first time, `grow` from then on; where the norm of
+    all gradients has risen by more than the factor `grow`, it is one over that rise, at least 1/10. The first
+    steps are `start` times the learning rate, so that one that is too large does no harm. Meant for full
+    batches: the noise of small ones looks like curvature, and the scales fall to their lower bound.
 
     Args:
         target: R that is held, greater than 0; a single curvature's edge of stability is 2.
@@ -216,14 +217,16 @@ class SmoothnessStep(_Rule):
 
     def __call__(self, measured: Measured) -> Tensor:
         correlation = measured.correlation
-        pair = torch.stack([measured.diff_sq_norm, measured.prev_sq_norm])
-        change, before = pair
-        change_of_all, before_of_all = torch.where(correlation == correlation, pair, 0.0).sum(1)
+        sums = torch.stack([measured.diff_sq_norm, measured.prev_sq_norm, measured.sq_norm])
+        change, before, _ = sums
+        change_of_all, before_of_all, now_of_all = torch.where(correlation == correlation, sums, 0.0).sum(1)
         size = (change / before * (change_of_all / before_of_all)) ** 0.25
         peak = self.state.get("peak")
         self.state["peak"] = peak = size if peak is None else torch.fmax(peak, size)
-        # The growth is capped, not damped: what curvature there is shows only a step later.
+        # Growth is capped rather than damped: what curvature a step has met shows only after the next one.
         growth = torch.where(peak > self.target / 2, self.grow, 2.0)
+        rise = (now_of_all / before_of_all).sqrt()
+        growth = torch.where(rise > self.grow, (1.0 / rise).clamp_min(0.1), growth)
         wanted = measured.prev_step / (size * measured.lr) * self.target
         return wanted.clamp(0.1 * measured.scale, growth * measured.scale)
 

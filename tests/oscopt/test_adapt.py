@@ -202,7 +202,9 @@ def test_smoothness_is_its_recurrence():
             change, before = ((v**2).reshape(2, 3).sum(1) for v in (g - last, last))
             size = np.sqrt(np.sqrt(change / before) * np.sqrt(change.sum() / before.sum()))
             found |= size > 0.5
-            factor = np.minimum(used / (size * scale), np.where(found, 1.2, 2.0))
+            rise = np.linalg.norm(g) / np.linalg.norm(last)
+            growth = 1 / rise if rise > 1.2 else np.where(found, 1.2, 2.0)
+            factor = np.minimum(used / (size * scale), growth)
             new = scale * np.maximum(factor, 0.1)
         scales.append(scale)
         x = x - np.repeat(scale, 3) * g

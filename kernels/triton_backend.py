@@ -96,17 +96,18 @@ def step_kernel(
     p_ptr = tl.load(pointers_ptr + k).to(element) + start
     q_ptr = tl.load(pointers_ptr + 2 * N + k).to(element) + start
     b_ptr = tl.load(pointers_ptr + 3 * N + k).to(element) + start
-    hyper_ptr += 6 * tl.load(row_ptr + k)
-    lr = tl.load(hyper_ptr)
-    if SCALED:
-        entry = tl.load(scale_of_ptr + k)
-        lr *= tl.load(scale_ptr + entry, mask=entry >= 0, other=1.0)
-    lr = lr.to(COMPUTE)
-    decay = tl.load(hyper_ptr + 1).to(COMPUTE)
-    gain = tl.load(hyper_ptr + 2).to(COMPUTE)
-    weight_decay = tl.load(hyper_ptr + 3).to(COMPUTE)
-    lookahead = tl.load(hyper_ptr + 4).to(COMPUTE)
-    sign = tl.load(hyper_ptr + 5).to(COMPUTE)
+    if UPDATE:
+        hyper_ptr += 6 * tl.load(row_ptr + k)
+        lr = tl.load(hyper_ptr)
+        if SCALED:
+            entry = tl.load(scale_of_ptr + k)
+            lr *= tl.load(scale_ptr + entry, mask=entry >= 0, other=1.0)
+        lr = lr.to(COMPUTE)
+        decay = tl.load(hyper_ptr + 1).to(COMPUTE)
+        gain = tl.load(hyper_ptr + 2).to(COMPUTE)
+        weight_decay = tl.load(hyper_ptr + 3).to(COMPUTE)
+        lookahead = tl.load(hyper_ptr + 4).to(COMPUTE)
+        sign = tl.load(hyper_ptr + 5).to(COMPUTE)
     copied = (tl.zeros((BLOCK,), tl.int32) + (flags & _COPIED)) != 0
     buffered = (tl.zeros((BLOCK,), tl.int32) + (flags & _BUFFERED)) != 0
     dot = tl.zeros((BLOCK,), tl.float64)
@@ -346,11 +347,11 @@ class Batch:
         pointers, flags = self._table(grads, prevs, bufs, copies)
         whole = measure and self._drawn is None
         if len(self._tensor) and (whole or hyper is not None):
-            if self._rows[0] != rows:
-                self._rows = (list(rows), self._upload(np.array(rows, np.int32)))
-            if self._hyper[0] is not hyper or self._hyper[1] is None:
-                table = np.array(hyper or [[0.0] * 6], np.float64)
-                self._hyper = (hyper, self._upload(table))
+            if hyper is not None:
+                if self._rows[0] != rows:
+                    self._rows = (list(rows), self._upload(np.array(rows, np.int32)))
+                if self._hyper[0] is not hyper:
+                    self._hyper = (hyper, self._upload(np.array(hyper, np.float64)))
             chosen = constants(
                 self._dtype,
                 update=hyper is not None,
@@ -365,8 +366,9 @@ class Batch:
                 self._start,
                 self._sizes,
                 flags,
-                self._rows[1],
-                self._hyper[1],
+                # Not read where nothing is updated.
+                self._rows[1] if hyper is not None else self._scale_of,
+                self._hyper[1] if hyper is not None else self._partials,
                 self._scale_of,
                 self._partials if scale is None else scale,
                 self._partials,

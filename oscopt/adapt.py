@@ -104,6 +104,11 @@ class _Rule:
         self.state: dict[str, Tensor] = {}
 
 
+def _check_positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"Invalid {name}: {value}; it must be finite and greater than 0")
+
+
 @dataclass
 class CosineStep(_Rule):
     """s <- s exp(beta (mu - target)), within `bounds`.
@@ -123,8 +128,7 @@ class CosineStep(_Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.beta > 0 and math.isfinite(self.beta)):
-            raise ValueError(f"Invalid beta: {self.beta}; it must be finite and greater than 0")
+        _check_positive("beta", self.beta)
         if not -1 < self.target < 1:
             raise ValueError(f"Invalid target: {self.target}; a correlation between -1 and 1 is needed")
 
@@ -147,8 +151,7 @@ class Hypergradient(_Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.beta > 0 and math.isfinite(self.beta)):
-            raise ValueError(f"Invalid beta: {self.beta}; it must be finite and greater than 0")
+        _check_positive("beta", self.beta)
 
     def __call__(self, measured: Measured) -> Tensor:
         # A rate below 0, which the published rule allows, would climb: it stops at 0.
@@ -208,8 +211,7 @@ class SmoothnessStep(_Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.target > 0 and math.isfinite(self.target)):
-            raise ValueError(f"Invalid target: {self.target}; it must be finite and greater than 0")
+        _check_positive("target", self.target)
         if not (self.grow > 1 and math.isfinite(self.grow)):
             raise ValueError(f"Invalid grow: {self.grow}; it must be finite and greater than 1")
         if not 0 < self.start <= 1:

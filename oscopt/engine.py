@@ -178,9 +178,7 @@ class Engine:
         """Whether a new engine is needed: a parameter has moved (to another device, dtype, layout), or its
         state has been taken away.
         """
-        if states is not self._states or (not states and any(slot.state for slot in self.slots)):
-            return True
-        if len(states) != self._known_states:
+        if states is not self._states or len(states) != self._known_states:
             return True
         params = self.params if self._plain else list(map(bare, self.params))
         return (
@@ -386,12 +384,12 @@ class Engine:
         """One call of each device's plan; `values` are grads, prevs, bufs, copies, rows."""
         scale = self._adapter.scale if self._adapter is not None else None
         for n, (index, plan) in enumerate(plans):
-            out, there = sums, scale
-            if n:
-                out = None if sums is None else torch.empty_like(sums, device=plan.device)
-                there = None if scale is None else scale.to(plan.device)
+            out = sums
+            if sums is not None and (n or plan.device != self.device):
+                out = torch.empty_like(sums, device=plan.device)
+            there = None if scale is None else scale.to(plan.device)
             plan.step(*(kernels.pick(v, index) for v in values), hyper, out, there)
-            if n and sums is not None:
+            if out is not sums:
                 sums += out.to(sums.device)
 
     def _finish(self, sums: Tensor, row: Tensor, rates: tuple[np.ndarray, np.ndarray]) -> partial | None:

@@ -314,6 +314,27 @@ def test_groups_may_stay_out():
     assert scale[0] == 1 and (scale[1:] != 1).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_measured_before_they_are_updated(backend):
+    """lag=0 measures without updating, from the first step on: each group's own rate comes in after that."""
+    net = small_net()
+    modules = {"0": net[0], "1": net[1], "4": net[4]}
+    groups = [
+        {"params": list(module.named_parameters(name)), "lr": 0.01 * (i + 1)}
+        for i, (name, module) in enumerate(modules.items())
+    ]
+    optimizer = OscGD(groups, adapt=CosineStep(0.3, lag=0), backend=backend)
+    x, y = batch()
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        before = [p.detach().clone() for p in net.parameters()]
+        optimizer.step()
+        rates = optimizer.history.lr[-1] * optimizer.history.step_scale[-1]
+        for i, (p, b) in enumerate(zip(net.parameters(), before, strict=True)):
+            torch.testing.assert_close(p.detach(), b - rates[i // 2] * p.grad, rtol=1e-6, atol=1e-7)
+
+
 def test_warm_up_and_bounds():
     net = small_net()
     optimizer = OscGD(net.named_parameters(), lr=1e-4, adapt=CosineStep(0.5, bounds=(0.5, 1.7), warmup=4))

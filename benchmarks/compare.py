@@ -22,7 +22,7 @@ from typing import Any
 
 from run import machine
 
-from study.cli import Parser, integers, positive
+from study.cli import Parser, exit_code, integers, positive
 
 QUICK = "the quick tasks with one seed, in some minutes"
 
@@ -144,17 +144,8 @@ class Race:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from study.errors import UserError
-
     options = parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; finished runs are in {options.out}/compare.csv", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _run(options), f"interrupted; finished runs are in {options.out}/compare.csv")
 
 
 def _run(options: argparse.Namespace) -> int:

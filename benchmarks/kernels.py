@@ -22,7 +22,7 @@ from typing import Any
 
 from run import machine
 
-from study.cli import Parser, positive
+from study.cli import Parser, check_device, exit_code, positive
 
 COLUMNS = (
     "date device threads cold torch triton numba oscopt set tensors elements dtype contender rounds "
@@ -201,20 +201,8 @@ def print_markdown(path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from study.errors import UserError
-
     options = parser().parse_args(arguments)
-    try:
-        if options.markdown:
-            print_markdown(Path(options.markdown))
-            return 0
-        return _run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; finished sets are in {options.out}/kernels.csv", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _run(options), f"interrupted; finished sets are in {options.out}/kernels.csv")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -223,14 +211,13 @@ def _run(options: argparse.Namespace) -> int:
     from micro import contenders, plot, timing
     from study.errors import UserError
 
+    if options.markdown:
+        print_markdown(Path(options.markdown))
+        return 0
     gpu = torch.cuda.is_available()
-    device = torch.device(options.device or ("cuda" if gpu else "cpu"))
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {device} cannot be used here ({str(error).splitlines()[0]}); use cpu"
-        ) from None
+    name = options.device or ("cuda" if gpu else "cpu")
+    check_device(name)
+    device = torch.device(name)
     sets = chosen_sets(options, device.type == "cuda")
     names = backends(device)
     chosen = contenders.contenders(names, compiled=not (options.quick or options.no_compile))

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from study.cli import Parser, integer, positive
+from study.cli import Parser, check_device, integer, positive
 from study.config import Config
 from study.errors import Diverged, Interrupted, UserError
 from study.experiments import DEFAULT_ROW, LR_OF, TABLE, check_experiments
@@ -95,11 +95,7 @@ def configure(options: argparse.Namespace) -> Config:
     why = "as asked" if options.preset else f"there is {'a' if gpu else 'no'} GPU; --preset overrides it"
     print(f"{row.id}: {row.model}, preset {preset} ({why})")
     device = options.device or ("cuda" if gpu else "cpu")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used here ({reason}); use --device cpu") from None
+    check_device(device)
     chosen = row.config(preset, device=device, threads=torch.get_num_threads())
     config = replace(chosen, **given(options) | {"epochs": chosen.epochs})
     if options.epochs is not None:

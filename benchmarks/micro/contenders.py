@@ -27,6 +27,7 @@ class Contender:
         build: (parameters, gradients) -> the step, and what holds its extra memory (a list of tensors, when
             called after some steps).
         arrays: arrays of the parameters' size that it must read or write by its own formulation, at least.
+        own: arrays of the parameters' size that it holds besides parameters and gradients, at most.
         base: the contender that its ratio is taken to.
         repeat: steps that make one timing; their mean counts.
     """
@@ -34,6 +35,7 @@ class Contender:
     name: str
     build: Callable[[list[Parameter], list[Tensor]], tuple[Callable[[], Any], Callable[[], list[Tensor]]]]
     arrays: float
+    own: int = 0
     base: str = BASE
     repeat: int = 1
 
@@ -139,20 +141,20 @@ def contenders(backends: Sequence[str], *, compiled: bool = True) -> list[Conten
     sgd, momentum = torch.optim.SGD, {"momentum": 0.9}
     fastest = {"backend": backends[0]}
     return [
-        Contender(CEILING, _copy, 2),
-        Contender(READING, _read, 2),
+        Contender(CEILING, _copy, 2, own=2),
+        Contender(READING, _read, 2, own=2),
         Contender(BASE, _optimizer(sgd, fused=True), 3),
         Contender("sgd foreach", _optimizer(sgd, foreach=True), 3),
-        Contender(BASE_MOMENTUM, _optimizer(sgd, fused=True, **momentum), 5),
+        Contender(BASE_MOMENTUM, _optimizer(sgd, fused=True, **momentum), 5, own=1),
         *(Contender(f"oscgd {name}", _optimizer(OscGD, backend=name), 4) for name in backends),
         Contender("oscgd every=10", _optimizer(OscGD, every=10, **fastest), 3.1, repeat=10),
         Contender("oscgd sample=1/16", _optimizer(OscGD, sample=1 / 16, **fastest), 3 + 2 / 16),
         Contender("oscgd adapt", _optimizer(OscGD, adapt="auto", **fastest), 4),
-        Contender("oscgd momentum", _optimizer(OscGD, **momentum, **fastest), 6, base=BASE_MOMENTUM),
+        Contender("oscgd momentum", _optimizer(OscGD, **momentum, **fastest), 6, own=1, base=BASE_MOMENTUM),
         Contender("sgd fused + monitor", _monitor, 5),
-        Contender("sgd + cosine_similarity loop", _with_loop(_cosine_loop), 7),
-        Contender("sgd + dot, norm loop", _with_loop(_dot_loop), 9),
-        Contender("sgd + foreach", _with_loop(_foreach_loop), 11),
-        *([Contender("torch.compile", _compiled, 5)] if compiled else []),
-        Contender("adamw fused", _optimizer(torch.optim.AdamW, fused=True), 7),
+        Contender("sgd + cosine_similarity loop", _with_loop(_cosine_loop), 7, own=1),
+        Contender("sgd + dot, norm loop", _with_loop(_dot_loop), 9, own=1),
+        Contender("sgd + foreach", _with_loop(_foreach_loop), 11, own=3),
+        *([Contender("torch.compile", _compiled, 5, own=1)] if compiled else []),
+        Contender("adamw fused", _optimizer(torch.optim.AdamW, fused=True), 7, own=2),
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .contenders import CEILING, READING, Contender
+from .contenders import Contender
 from .sets import ParameterSet
 
 
@@ -52,17 +52,8 @@ class Problem:
 
 
 def bytes_needed(elements: int, itemsize: int, chosen: Sequence[Contender]) -> int:
-    """Memory of a problem with all contenders' own: three arrays shared, at most three for each."""
-    own = {
-        CEILING: 2,
-        READING: 2,
-        "adamw fused": 2,
-        "oscgd momentum": 1,
-        "sgd fused momentum": 1,
-        "sgd + foreach": 2,
-    }
-    loops = sum(1 for c in chosen if c.name.startswith(("sgd +", "torch.compile")))
-    return elements * itemsize * (3 + loops + sum(own.get(c.name, 0) for c in chosen))
+    """Memory of a problem with all contenders' own: parameters and two gradients are shared."""
+    return elements * itemsize * (3 + sum(c.own for c in chosen))
 
 
 def bytes_free(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""What the commands share: one line for bad input, and numbers that are checked."""
+"""What the commands share: one line for bad input, numbers and devices that are checked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from .errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,3 +49,30 @@ def integer(text: str) -> int:
 def integers(text: str) -> list[int]:
     """Whole numbers by commas, each once."""
     return list(dict.fromkeys(integer(part) for part in text.split(",")))
+
+
+def exit_code(run: Callable[[], int], interrupted: str) -> int:
+    """What `run` returns; 2 for a `UserError` and 130 for an interrupt, which says `interrupted`."""
+    try:
+        return run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+
+
+def check_device(device: str) -> None:
+    """Raise if torch cannot use it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used here ({reason}); use --device cpu") from None

@@ -109,6 +109,7 @@ def test_not_enough_memory_skips_the_set(tmp_path, capsys, monkeypatch):
         (["--sizes", "1.5"], "unknown size '1.5'"),
         (["--markdown", "nowhere.csv"], "--markdown nowhere.csv: it is no kernels.csv"),
         (["--markdown", __file__], "it is no kernels.csv"),
+        (["--device", "nonsense"], "--device nonsense cannot be used here"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--out", "/dev/null/x"], "--out /dev/null/x"),
     ],

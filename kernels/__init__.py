@@ -143,6 +143,11 @@ def _hint(text: str) -> None:
         warnings.warn(text, stacklevel=2)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether operations on `device` are being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, each once, in any order of dimensions."""
     filled = 1

@@ -35,16 +35,14 @@ def sums(grad: Tensor, prev: Tensor) -> Tensor:
     return total
 
 
-def _sample(drawn: Drawn, grad: Tensor, kept: Tensor) -> Tensor:
+def _sample(drawn: Drawn, number: Tensor, signs: Tensor, grad: Tensor, kept: Tensor) -> Tensor:
     """The four sums and six moments of the drawn blocks, float64, shape (10,); they are kept."""
-    number = torch.from_numpy(drawn.number).to(grad.device).long()
     flat = grad.as_strided((grad.numel(),), (1,)) if dense(grad) else grad.reshape(-1)
     element = number[:, None] * BLOCK + torch.arange(BLOCK, device=grad.device)
     blocks = flat[element.clamp_max(len(flat) - 1)].masked_fill_(element >= len(flat), 0)
     g, q = blocks.double(), kept.view(blocks.shape).double()
     of_block = torch.stack([g * q, g * g, (g - q) ** 2, q * q]).sum(-1)
     kept.copy_(blocks.view(-1))
-    signs = torch.tensor(SIGNS, dtype=torch.float64, device=grad.device)
     dot, sq_norm, _, prev_sq_norm = of_block.view(4, -1, GROUP) @ signs
     x = torch.stack([dot, sq_norm, prev_sq_norm, dot, dot, sq_norm])
     y = torch.stack([dot, sq_norm, prev_sq_norm, sq_norm, prev_sq_norm, prev_sq_norm])
@@ -59,6 +57,11 @@ class Batch:
         self._params = params
         self._layer_of = layer_of
         self._scale_of = layer_of if scale_of is None else scale_of
+        self._measures = [sums] * len(params)
+        if drawn is not None:
+            signs = torch.tensor(SIGNS, dtype=torch.float64, device=params[0].device)
+            numbers = (torch.from_numpy(d.number).to(params[0].device).long() for d in drawn)
+            self._measures = [partial(_sample, *each, signs) for each in zip(drawn, numbers, strict=True)]
         self._drawn = drawn
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
@@ -66,8 +69,7 @@ class Batch:
             out.zero_()
             for i, layer in enumerate(self._layer_of):
                 if layer >= 0:
-                    measure = sums if self._drawn is None else partial(_sample, self._drawn[i])
-                    out[:, layer] += measure(grads[i], prevs[i])
+                    out[:, layer] += self._measures[i](grads[i], prevs[i])
             out.masked_fill_(~out.isfinite(), torch.nan)
         bufs = bufs or [None] * len(grads)
         if hyper is not None:

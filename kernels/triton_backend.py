@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import capturing
 from .sampling import BLOCK as SAMPLE_BLOCK
 from .sampling import GROUP
 
@@ -39,6 +40,7 @@ _COPIED: tl.constexpr = tl.constexpr(2)  # store the gradient into the previous 
 _BUFFERED: tl.constexpr = tl.constexpr(4)  # there is a momentum buffer
 
 _TABLES = 4  # sets of addresses to keep: allocators hand a few out in turn
+_SPARES = 8  # tables made ahead for captures in CUDA graphs, which cannot make any
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -338,6 +340,8 @@ class Batch:
         self._sums = 4 if drawn is None else 10
         self._partials = torch.empty((len(tensor), self._sums), dtype=torch.float64, device=self._device)
         self._tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+        self._spares: list[tuple[Tensor, Tensor]] = []  # on the host and on the device
+        self._captured: list[tuple[Tensor, Tensor]] = []  # those that graphs read
         self._rows: tuple[Sequence[int] | None, Tensor | None] = (None, None)
         self._hyper: tuple[object, Tensor | None] = (None, None)
 
@@ -409,25 +413,56 @@ class Batch:
             *(copies or ()),
             *(b is None for b in bufs),
         )
+        captured = capturing(self._device)
+        if captured or key not in self._tables:
+            table = np.zeros((5, len(grad)), np.int64)
+            table[:4] = np.array(key[: 4 * len(grad)], np.int64).reshape(4, -1)
+            flags = table[4].view(np.int32)[: len(grad)]
+            flags += _ALIGNED.value * (table[:4] % 16 == 0).all(0).astype(np.int32)
+            flags += _BUFFERED.value * np.array([b is not None for b in bufs], np.int32)
+            if copies is not None:
+                flags += _COPIED.value * np.array(copies, np.int32)
+        if captured:
+            return _parts(self._upload_captured(table))
         if key in self._tables:
             self._tables.move_to_end(key)
-            return self._tables[key]
-        pointers = np.array(key[: 4 * len(grad)], np.int64).reshape(4, -1)
-        flags = _ALIGNED.value * (pointers % 16 == 0).all(0).astype(np.int32)
-        flags += _BUFFERED.value * np.array([b is not None for b in bufs], np.int32)
-        if copies is not None:
-            flags += _COPIED.value * np.array(copies, np.int32)
-        if len(self._tables) == _TABLES:
-            self._tables.popitem(last=False)
-        self._tables[key] = (self._upload(pointers), self._upload(flags))
+        else:
+            if len(self._tables) == _TABLES:
+                self._tables.popitem(last=False)
+            on_device = self._upload(table)
+            self._tables[key] = _parts(on_device)
+        while len(self._spares) < _SPARES:
+            spare = torch.empty((5, len(grad)), dtype=torch.int64, pin_memory=self._device.type != "cpu")
+            self._spares.append((spare, spare.to(self._device)))
         return self._tables[key]
 
     def _upload(self, array: np.ndarray) -> Tensor:
+        if capturing(self._device):
+            raise RuntimeError(
+                "something has changed since the last step (a hyperparameter, a first momentum buffer, which "
+                "parameters have gradients), and a graph captures no upload; take 3 steps before capturing"
+            )
         host = torch.from_numpy(array)
         if self._device.type == "cpu":
             return host
         # Pinned, so that the copy does not wait for the device; torch keeps the pages until it is done.
         return host.pin_memory().to(self._device, non_blocking=True)
+
+    def _upload_captured(self, table: np.ndarray) -> Tensor:
+        """A table that a graph uploads at every replay from memory that nobody writes to any more."""
+        if not self._spares:
+            raise RuntimeError(
+                f"{len(self._captured)} captures have used up the tables made ahead; take a step outside"
+            )
+        host, on_device = self._spares.pop()
+        self._captured.append((host, on_device))
+        host.numpy()[:] = table
+        return on_device.copy_(host, non_blocking=True)
+
+
+def _parts(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Pointers, int64 (4, N), and flags, int32."""
+    return table[:4], table[4].view(torch.int32)
 
 
 def _tiles(sizes: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:

@@ -282,10 +282,16 @@ class Adapter:
         adapted: which layers it may change, bool, shape (L,).
         device: where the scales lie.
         state: what :meth:`state` returned, to go on from.
+        in_place: whether all stays where it is in memory, so that steps can be captured in a CUDA graph.
     """
 
     def __init__(
-        self, policy: Policy, adapted: list[bool], device: torch.device, state: dict[str, Any]
+        self,
+        policy: Policy,
+        adapted: list[bool],
+        device: torch.device,
+        state: dict[str, Any],
+        in_place: bool = False,
     ) -> None:
         self.policy = policy
         self.lag = getattr(policy, "lag", 1)
@@ -304,21 +310,28 @@ class Adapter:
         self._seen = int(state.get(_SEEN, 0))
         self.rejected = torch.as_tensor(state.get(_REJECTED, 0), dtype=torch.int64).to(device)
         """How many scales that are not finite or negative the policy has returned: 0-dim."""
-        self._warned = False
+        self._in_place = in_place
+        self._warned = in_place  # a look at what there is to warn of would wait for the device
         if hasattr(policy, "state"):
             own = {key[len(_OWN) :]: value for key, value in state.items() if key.startswith(_OWN)}
             policy.state.clear()
             if self._together or len(known) == len(ones):  # otherwise layers have been added
                 policy.state.update({key: value.to(ones) for key, value in own.items()})
+        self._own = dict(getattr(policy, "state", {}))
 
     def state(self) -> Iterator[tuple[str, Any]]:
         """What :class:`Adapter` takes to go on, by keys for a parameter group."""
-        yield _KEY, self.scale
+        yield _KEY, self.scale.clone()
         yield _USED, self.used.clone()
         yield _SEEN, self._seen
-        yield _REJECTED, self.rejected
+        yield _REJECTED, self.rejected.clone()
         for key, value in getattr(self.policy, "state", {}).items():
-            yield _OWN + key, value
+            yield _OWN + key, value.clone()
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the next step's sums do not change the scales yet."""
+        return self._seen < self._warmup
 
     def decide(self, sums: Tensor, lr: Tensor, prev_step: Tensor) -> None:
         """Let the policy see a step's `sums` (4, L) and set the scale.
@@ -332,6 +345,8 @@ class Adapter:
         if self._together:
             measured = measured.together(valid)
         new = self.policy(measured)
+        if self._in_place:
+            self._put_back()
         shape = measured.scale.shape
         if not isinstance(new, Tensor) or new.shape != shape:
             what = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else repr(new)
@@ -342,7 +357,7 @@ class Adapter:
             return
         usable = valid & (new >= 0) & (new < math.inf)
         bad = (valid > usable).sum()
-        self.rejected = self.rejected + bad
+        self.rejected += bad
         if not self._warned and bad.device.type == "cpu" and bad.item():
             self._warned = True
             warnings.warn(
@@ -350,4 +365,16 @@ class Adapter:
                 "ones are kept, here and from now on (rejected_scales counts them)",
                 stacklevel=2,
             )
-        self.scale = torch.where(usable, new.to(self.scale).clamp(*self._bounds), self.scale)
+        scale = torch.where(usable, new.to(self.scale).clamp(*self._bounds), self.scale)
+        if self._in_place:
+            self.scale.copy_(scale)
+        else:
+            self.scale = scale
+
+    def _put_back(self) -> None:
+        """Keep the policy's own state where it was."""
+        own = getattr(self.policy, "state", {})
+        for key, value in own.items():
+            own[key] = self._own.setdefault(key, value)
+            if own[key] is not value:
+                own[key].copy_(value)

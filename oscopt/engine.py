@@ -23,6 +23,7 @@ from .adapt import Adapter
 from .distributed import Ranks, bare, describe, is_dtensor
 from .history import History
 from .kernels.sampling import NOTHING, draw, estimate
+from .recorder import Recorder
 from .window import Window
 
 PREVIOUS = "prev_grad"
@@ -76,6 +77,7 @@ class Engine:
         history: where the sums go.
         ranks: the processes that share the parameters, if they have found each other already.
         adapter: what decides on the layers' scales; None: they are ones.
+        recorder: what stands in for the host in a CUDA graph, where steps can be captured; None: they cannot.
 
     Raises:
         ValueError: a parameter has another shape or device than its kept gradient; or the ranks disagree.
@@ -94,11 +96,13 @@ class Engine:
         history: History,
         ranks: Ranks | None = None,
         adapter: Adapter | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.layer_names = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
         index: dict[str | None, int] = {name: i for i, name in enumerate(self.layer_names)} | {None: -1}
         self.ranks = _ranks(names, params, layers, {"every": every, "sample": sample}, ranks)
         counted = self.ranks.counted if self.ranks is not None else [True] * len(params)
+        self._recorder = recorder
         self._states = states
         self._known_states = len(states)
         self.slots = []
@@ -118,13 +122,14 @@ class Engine:
                     shape=local.shape,
                     stride=local.stride(),
                     dense=kernels.dense(local),
-                    copied=False,
+                    copied=recorder is not None,
                     state=states.get(p),
                 )
             )
         self.params = list(params)
         self.rows = [2 * group for group in groups]
         """The row of hyperparameters of every parameter, as :class:`oscopt.OscGD` makes them."""
+        self._scale_of = [slot.home for slot in self.slots] if recorder is None else recorder.entries
         self._plain = all(slot.outer is slot.param for slot in self.slots)
         self._everyone = list(range(len(self.slots)))
         self._addresses = [slot.address for slot in self.slots]
@@ -145,6 +150,7 @@ class Engine:
             ]
         self.history = history
         history.add_layers(self.layer_names)
+        self._record = history if recorder is None else recorder
         self.device = next(iter(devices), torch.device("cpu"))
         """Where the record gathers: the device of the first parameter."""
         self.fits = True
@@ -206,7 +212,7 @@ class Engine:
         if self._last_row is None:
             return torch.full((len(self.layer_names),), torch.nan, dtype=torch.float64)
         self.history.settle()
-        dot, sq_norm, _, prev_sq_norm = self._last_row[:4]
+        dot, sq_norm, _, prev_sq_norm = self._latest()[:4]
         return measures.correlation(dot, sq_norm, prev_sq_norm)
 
     def correlation_stderr(self) -> Tensor:
@@ -214,14 +220,14 @@ class Engine:
         if self._last_row is None:
             return torch.full((len(self.layer_names),), torch.nan, dtype=torch.float64)
         self.history.settle()
-        return self._last_row[4]
+        return self._latest()[4]
 
     def global_correlation(self) -> Tensor:
         """Latest mu of all layers together: float64, 0-dim."""
         if self._last_row is None:
             return torch.tensor(torch.nan, dtype=torch.float64)
         self.history.settle()
-        dot, sq_norm, _, prev_sq_norm = self._last_row[:4].sum(1)
+        dot, sq_norm, _, prev_sq_norm = self._latest()[:4].sum(1)
         return measures.correlation(dot, sq_norm, prev_sq_norm)
 
     def open_window(self, h: int) -> Window:
@@ -235,6 +241,10 @@ class Engine:
         )
         self.windows.append(window)
         return window
+
+    def _latest(self) -> Tensor:
+        """The row of the last step."""
+        return self._last_row if self._recorder is None else self._recorder.latest()
 
     def wants(self, step: int) -> bool:
         """Whether the gradients of step number `step` are measured, or kept for the one after it."""
@@ -321,6 +331,28 @@ class Engine:
         except (TypeError, AttributeError, RuntimeError):  # there is none, or a sparse one
             return False
 
+    def check_capture(self, grads: Sequence[Tensor | None]) -> None:
+        """Raise where a step with these gradients could not be captured in a CUDA graph.
+
+        Raises:
+            RuntimeError: not everything that it needs is there yet, or a window is open.
+        """
+        present = [i for i, g in enumerate(grads) if g is not None]
+        kept = {i: self._prev[i] if self._drawn is None else self.slots[i].sample for i in present}
+        dtypes = {i: None if value is None else value.dtype for i, value in kept.items()}
+        if self.untouched or any(dtypes[i] != grads[i].dtype for i in present if self.slots[i].layer >= 0):
+            raise RuntimeError(
+                "a parameter has no previous gradient yet, and what a graph captures is the same in every "
+                "replay; take 3 steps with gradients of the same parameters before capturing"
+            )
+        if self._adapter is not None and self._adapter.warming_up:
+            raise RuntimeError(
+                f"the policy {self._adapter.policy!r} is warming up, and so would every replay be; "
+                "capture after that"
+            )
+        if self.windows:
+            raise RuntimeError("a window is open, which a graph cannot fill; capture after it is complete")
+
     def step(
         self,
         step: int,
@@ -345,7 +377,7 @@ class Engine:
         measured = (step + 1) % self._every == 0
         keep = (step + 2) % self._every == 0
         prevs, copies, lost, sums = None, None, [], None
-        row = self.history.next_row(self.device) if measured else None
+        row = self._record.next_row(self.device) if measured else None
         if self._drawn is not None and (measured or keep):
             prevs, lost = self._kept_samples(grads, present)
             sums = torch.zeros((10, len(self.layer_names)), dtype=torch.float64, device=self.device)
@@ -367,14 +399,16 @@ class Engine:
             self._last_row = row
             if adapter is not None:
                 row[5:].copy_(torch.stack([adapter.scale, adapter.used]))
-            rates = self._layer_lr(lr), self._layer_lr(prev_lr)
-            self.history.commit(step, *rates, self._finish(sums, row, rates))
+            if self._recorder is None:
+                rates = self._layer_lr(lr), self._layer_lr(prev_lr)
+            else:
+                rates = self._recorder.layer_rates()
+            self._record.commit(step, *rates, self._finish(sums, row, rates))
         if twice:
             self.history.settle()
-            row[5] = adapter.scale
             self._run(plans, (grads, None, bufs, None, rows), hyper, None)
         if adapter is not None:
-            adapter.used = adapter.scale if twice or row is None else row[5]
+            adapter.used = adapter.scale if row is None else row[5]
         for window in tuple(self.windows):
             window.add(present, [self.slots[i].layer for i in present], [grads[i] for i in present])
         if self._drawn is None:
@@ -382,7 +416,11 @@ class Engine:
 
     def _run(self, plans, values, hyper, sums: Tensor | None) -> None:
         """One call of each device's plan; `values` are grads, prevs, bufs, copies, rows."""
-        scale = self._adapter.scale if self._adapter is not None else None
+        scale = None
+        if hyper is not None:
+            scale = self._adapter.scale if self._adapter is not None else None
+            if self._recorder is not None:
+                scale = self._recorder.factors(scale)
         for n, (index, plan) in enumerate(plans):
             out = sums
             if sums is not None and (n or plan.device != self.device):
@@ -392,23 +430,27 @@ class Engine:
             if out is not sums:
                 sums += out.to(sums.device)
 
-    def _finish(self, sums: Tensor, row: Tensor, rates: tuple[np.ndarray, np.ndarray]) -> partial | None:
+    def _finish(self, sums: Tensor, row: Tensor, rates: tuple) -> partial | None:
         """Bring the ranks' sums together and finish the row; what of it is left for later, if any."""
         if self.ranks is None:
             return self._complete(sums, row, rates)
         return partial(self._settle, self.ranks.reduce(sums), sums, row, rates)
 
-    def _settle(self, work: Any, sums: Tensor, row: Tensor, rates: tuple[np.ndarray, np.ndarray]) -> None:
+    def _settle(self, work: Any, sums: Tensor, row: Tensor, rates: tuple) -> None:
         self.ranks.wait(work)
         self._complete(sums, row, rates)
 
-    def _complete(self, sums: Tensor, row: Tensor, rates: tuple[np.ndarray, np.ndarray]) -> None:
+    def _complete(self, sums: Tensor, row: Tensor, rates: tuple) -> None:
         """What follows once the sums are those of all ranks."""
         if self._drawn is not None:
             estimate(sums, row)
         if self._adapter is not None:
-            lr, prev_lr = (torch.from_numpy(rate).to(self.device, non_blocking=True) for rate in rates)
+            if self._recorder is None:
+                rates = tuple(torch.from_numpy(rate).to(self.device, non_blocking=True) for rate in rates)
+            lr, prev_lr = rates
             self._adapter.decide(row[:4], lr, prev_lr * row[6])
+            if self._adapter.lag == 0:
+                row[5] = self._adapter.scale
 
     def _kept_samples(self, grads, present) -> tuple[list, list[int]]:
         """The kept blocks of the previous gradients, and the layers that have no valid pair."""
@@ -532,7 +574,7 @@ class Engine:
                         len(self.layer_names),
                         self.backends[device],
                         kernels.pick(self._drawn, index),
-                        [self.slots[i].home for i in index],
+                        [self._scale_of[i] for i in index],
                     ),
                 )
                 for device, index in by_device.items()
@@ -569,7 +611,10 @@ class Engine:
         if state.get(PREVIOUS) is not None:
             self._prev[i] = bare(state[PREVIOUS])
             self._version[i] = self._prev[i]._version
-        slot.copied = state.get(COPIED, False)
+        if self._recorder is not None and self._prev[i] is not None and not state.get(COPIED, False):
+            state[PREVIOUS], state[COPIED] = state[PREVIOUS].clone(), True
+            self._prev[i] = bare(state[PREVIOUS])
+        slot.copied = slot.copied or state.get(COPIED, False)
         slot.sample = state.get(SAMPLE)
 
     def _sample_layout(self, i: int) -> list[int]:

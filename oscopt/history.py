@@ -57,6 +57,7 @@ class History:
         self._steps: list[int] = []  # of the filled rows of it
         self._rates: list[tuple[np.ndarray, ...]] = []  # lr and prev_lr of them
         self._settle_last: Callable[[], None] | None = None
+        self._source: Callable[[], None] | None = None  # brings what was recorded without the host
         self._count = 0  # steps recorded so far, dropped ones included
         self._stride = 1  # of these, every so many are held
         self._held = 0  # steps in _blocks
@@ -64,6 +65,7 @@ class History:
         self._folder: _Folder | None = None
 
     def __len__(self) -> int:
+        self.pull()
         arriving = len(self._arriving) if self._arriving is not None else 0
         return self._held + arriving + len(self._steps)
 
@@ -77,6 +79,7 @@ class History:
     @property
     def next_step(self) -> int:
         """The number of the step after the last one recorded."""
+        self.pull()
         if self._steps:
             return self._steps[-1] + 1
         last = self._arriving or (self._blocks[-1] if self._blocks else None)
@@ -126,6 +129,38 @@ class History:
         self._rates.append((lr, prev_lr))
         self._settle_last = settle
 
+    def follow(self, source: Callable[[], None]) -> None:
+        """From now on call `source` before the record is read: it may have more, for :meth:`extend`."""
+        self.pull()
+        self._source = source
+
+    def pull(self) -> None:
+        """Take what :meth:`follow` has brought up."""
+        if self._source is not None:
+            source, self._source = self._source, None  # which reads on its part
+            try:
+                source()
+            finally:
+                self._source = source
+
+    def extend(self, steps: np.ndarray, sums: np.ndarray, lr: np.ndarray, prev_lr: np.ndarray) -> None:
+        """Add T steps that were recorded elsewhere.
+
+        Args:
+            steps: their numbers, (T,).
+            sums: their :data:`RECORDED`, float64, (T, 7, L).
+            lr, prev_lr: as in :meth:`commit`, (T, L).
+        """
+        self._close_block()
+        self._absorb()
+        for first in range(0, len(steps), _BLOCK):
+            part = slice(first, first + _BLOCK)
+            ordinals = np.arange(self._count, self._count + len(steps[part]))
+            rates = {"lr": _compact(lr[part]), "prev_lr": _compact(prev_lr[part])}
+            self._arriving = _Block(steps[part], ordinals, sums[part], rates)
+            self._count += len(ordinals)
+            self._absorb()
+
     def cut(self, step: int) -> None:
         """Forget the steps from number `step` on: the run goes back to where it was before that step."""
         if self.next_step <= step:
@@ -162,6 +197,7 @@ class History:
 
     def _close_block(self) -> None:
         """Send the block on the device to the host; take up the one before, which has arrived meanwhile."""
+        self.pull()
         if self._block is not None and self._steps:
             self._absorb()
             self._arriving = block = self._open_block()
@@ -213,6 +249,7 @@ class History:
     @property
     def steps(self) -> np.ndarray:
         """Numbers of the measured steps, the optimizer's first being 0: int64, shape (T,)."""
+        self.pull()
         parts = [block.steps for block in (*self._blocks, self._arriving) if block is not None]
         return np.concatenate([*parts, np.array(self._steps, np.int64)])
 
@@ -301,6 +338,7 @@ class History:
         For live logging: it waits for the device, once, and its cost depends on what is new only. What
         :class:`History` thinned out before it was asked for is gone: drain at least every 256 steps.
         """
+        self.pull()
         blocks: list[_Block] = []
         for block in reversed([*self._blocks, *([self._arriving] if self._arriving is not None else [])]):
             if block.steps[-1] <= self._drained:
@@ -493,11 +531,12 @@ class History:
     def __getstate__(self) -> dict[str, Any]:
         self._close_block()
         self._absorb()
-        return self.__dict__ | {"_folder": None}
+        return self.__dict__ | {"_folder": None, "_source": None}
 
     # ---- inside ------------------------------------------------------------------------------------------
 
     def _all_blocks(self) -> list[_Block]:
+        self.pull()
         blocks = list(self._blocks)
         if self._arriving is not None:
             blocks.append(self._arriving.on_host())
@@ -599,6 +638,12 @@ class _Block:
         return (
             self if stride == self.stride else replace(self.where(self.ordinals % stride == 0), stride=stride)
         )
+
+
+def _compact(rates: np.ndarray) -> np.ndarray:
+    """The same, in one row of memory if all rows are equal."""
+    constant = np.array_equal(rates, np.broadcast_to(rates[:1], rates.shape), equal_nan=True)
+    return np.broadcast_to(rates[0].copy(), rates.shape) if constant else rates
 
 
 def _joined(blocks: Sequence[_Block], width: int) -> _Block:

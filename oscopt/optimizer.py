@@ -16,7 +16,9 @@ from .adapt import Adapter, Policy, resolve
 from .distributed import Ranks, bare
 from .engine import Engine
 from .history import History
+from .kernels import capturing
 from .layers import Layers, assign
+from .recorder import Recorder
 from .window import Window
 
 _ADDED = {
@@ -47,6 +49,10 @@ class OscGD(Optimizer):
         momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
         foreach, fused: the update is one pass over all tensors either way. `fused=True` also takes unscaling
             and skipping over from a ``torch.amp.GradScaler``, and waits for the device to know which.
+        capturable: steps can be captured in a CUDA graph and replayed (docs/guide.md); a learning rate that
+            is a tensor on the parameters' device may change between replays. The previous gradient is copied
+            then, and the device counts the steps and keeps those that `history` has not taken, which it does
+            when it is read: at least the last 1,024.
         differentiable: the update is made of torch's own operations, which autograd records.
         layers: which parameters make up a layer. "module": those that one module owns directly, named by its
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
@@ -65,7 +71,7 @@ class OscGD(Optimizer):
             `history` belongs to other layers.
         TypeError: a parameter is neither floating-point nor complex (a complex one is measured and updated as
             its real and imaginary parts).
-        RuntimeError: `backend` cannot run on the parameters' device, or `fused` excludes another argument.
+        RuntimeError: `backend` cannot run on the parameters' device, or two arguments exclude each other.
 
     Example:
         >>> optimizer = OscGD(model.named_parameters(), lr=0.1)
@@ -89,6 +95,7 @@ class OscGD(Optimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
         layers: Layers = "module",
@@ -125,6 +132,13 @@ class OscGD(Optimizer):
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if capturable and differentiable:
+            raise RuntimeError("`capturable` does not support `differentiable`")
+        if capturable and every > 1:
+            raise ValueError(
+                f"Invalid every: {every} with capturable=True, where all steps are the same; use 1, and "
+                "sample=1/16 to measure at little cost"
+            )
         if fused:
             self._step_supports_amp_scaling = True
         self._layers = layers
@@ -134,6 +148,8 @@ class OscGD(Optimizer):
         self._backend = backend
         self._policy = policy
         self._adapter: Adapter | None = None
+        self._capturable = capturable
+        self._recorder: Recorder | None = None
         self._history = History() if history is None else history
         self._engine: Engine | None = None
         self._windows: list[Window] = []
@@ -229,6 +245,11 @@ class OscGD(Optimizer):
     def _unscale(self) -> bool:
         """Do what a GradScaler has left to do; False: this step is to be skipped."""
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found is not None and capturing(found.device):
+            raise RuntimeError(
+                "whether a GradScaler skips a step cannot be told while capturing a CUDA graph; use "
+                "bfloat16, or capture forward and backward only"
+            )
         if found is not None and found.item():
             return False
         if scale is not None:
@@ -245,9 +266,13 @@ class OscGD(Optimizer):
     def _measure_and_update(self) -> None:
         engine = self._ensure_engine()
         grads, wholes = engine.gradients()
+        if capturing(engine.device):
+            self._check_capture(engine, grads)
         hyper = []
         for group in self.param_groups:
-            lr, momentum, damp = _number(group["lr"]), float(group["momentum"]), float(group["dampening"])
+            # The recorder has the rate then.
+            lr = 1.0 if self._recorder is not None else _number(group["lr"])
+            momentum, damp = float(group["momentum"]), float(group["dampening"])
             decay, ahead = _number(group["weight_decay"]), momentum if group["nesterov"] else 0.0
             sign = -1.0 if group["maximize"] else 1.0
             hyper.append((lr, momentum, 1.0 - damp, decay, ahead, sign))
@@ -272,7 +297,10 @@ class OscGD(Optimizer):
                     bufs[i] = buf if slot.outer is slot.param else bare(buf)
         step = self.param_groups[0]["step"]
         rates = tuple(row[0] for row in hyper[::2])
-        if step == 0 and not any(rates) and _all_zero(grads):
+        if self._recorder is not None:
+            rates = tuple(group["lr"] for group in self.param_groups)
+            self._recorder.set_rates(rates)
+        if step == 0 and engine.untouched and not any(map(_may_move, rates)) and _all_zero(grads):
             # torch.distributed.checkpoint has an optimizer make its state by such a step. It is none.
             engine.keep(grads, wholes, [i for i, g in enumerate(grads) if g is not None], copied=False)
             return
@@ -287,8 +315,23 @@ class OscGD(Optimizer):
             if grads is not wholes:
                 present = [p for p, g in zip(present, grads, strict=True) if g is not None]
             increment_version(present)
-        for group, lr in zip(self.param_groups, rates, strict=True):
-            group["step"], group["prev_lr"] = step + 1, lr
+        if self._recorder is None:
+            for group, lr in zip(self.param_groups, rates, strict=True):
+                group["step"], group["prev_lr"] = step + 1, lr
+
+    def _check_capture(self, engine: Engine, grads: list[Tensor | None]) -> None:
+        """Raise where a step could not be captured in a CUDA graph."""
+        if self._recorder is None:
+            raise RuntimeError(
+                "OscGD(capturable=False) cannot be captured in a CUDA graph; make it with capturable=True"
+            )
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor) and group["lr"].device != engine.device:
+                raise RuntimeError(
+                    f"lr is a tensor on {group['lr'].device}, which a graph cannot read at every replay; "
+                    f"put it on {engine.device}"
+                )
+        engine.check_capture(grads)
 
     def _update_differentiably(self) -> None:
         """By torch's own operations, which autograd records."""
@@ -314,6 +357,7 @@ class OscGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; new layers are NaN in the history up to now."""
+        self._show_state()
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -357,7 +401,7 @@ class OscGD(Optimizer):
             group.setdefault("step", self._history.next_step)
         self._history.cut(self.param_groups[0]["step"])
         self._drop_engine()
-        self._adapter = None
+        self._adapter = self._recorder = None
 
     def _drop_engine(self) -> None:
         """Another is to be made; what is left of this one is in the parameters' state, and its windows."""
@@ -369,6 +413,10 @@ class OscGD(Optimizer):
         """Make the state what it is saved as: only good gradients, and adaptation's in the first group."""
         if self._engine is not None:
             self._engine.drop_spoiled()
+        if self._recorder is not None:
+            step, rates = self._recorder.state()
+            for group, rate in zip(self.param_groups, rates, strict=False):  # one may have just been added
+                group["step"], group["prev_lr"] = step, rate
         if self._adapter is not None:
             self._history.settle()
             self.param_groups[0].update(self._adapter.state())
@@ -377,7 +425,7 @@ class OscGD(Optimizer):
         self._show_state()
         own = {
             name: getattr(self, name)
-            for name in ("_every", "_sample", "_backend", "_history", "_assigned", "_policy")
+            for name in ("_every", "_sample", "_backend", "_history", "_assigned", "_policy", "_capturable")
         }
         own["_layers"] = self._layers if isinstance(self._layers, str) else dict(self._assigned)
         return super().__getstate__() | own
@@ -390,7 +438,7 @@ class OscGD(Optimizer):
         if any(group["fused"] for group in self.param_groups):
             self._step_supports_amp_scaling = True
         self._engine, self._ranks, self._hyper = None, getattr(self, "_ranks", None), ()
-        self._adapter, self._windows = None, []
+        self._adapter, self._recorder, self._windows = None, None, []
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-2]}\nbackend: {self.backend}, {len(self.layer_names)} layers\n)"
@@ -417,14 +465,17 @@ class OscGD(Optimizer):
         """The engine of the parameters as they are now."""
         if self._engine is None or self._engine.stale(self.state):
             params = [p for group in self.param_groups for p in group["params"]]
+            groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
             self._drop_engine()
+            if self._capturable:
+                self._recorder = self._new_recorder(params, groups)
             if self._policy is not None and any(layer is not None for layer in self._assigned.values()):
                 self._adapter = self._new_adapter(params[0].device)
             engine = Engine(
                 names=list(self._assigned),
                 params=params,
                 states=self.state,
-                groups=[i for i, group in enumerate(self.param_groups) for _ in group["params"]],
+                groups=groups,
                 layers=list(self._assigned.values()),
                 every=self._every,
                 sample=self._sample,
@@ -432,6 +483,7 @@ class OscGD(Optimizer):
                 history=self._history,
                 ranks=self._ranks,
                 adapter=self._adapter,
+                recorder=self._recorder,
             )
             engine.windows = self._windows
             self._engine, self._ranks = engine, engine.ranks
@@ -446,11 +498,31 @@ class OscGD(Optimizer):
             for layer in (next(names) for _ in group["params"]):
                 if layer is not None:
                     adapted[layer] = adapted.get(layer, True) and group.get("adapt", True)
-        return Adapter(self._policy, list(adapted.values()), device, self.param_groups[0])
+        state = self.param_groups[0]
+        return Adapter(self._policy, list(adapted.values()), device, state, in_place=self._capturable)
+
+    def _new_recorder(self, params: list[Tensor], groups: list[int]) -> Recorder:
+        """What counts and records on the device; the one there is, if it fits."""
+        devices = list(dict.fromkeys(p.device for p in params))
+        if len(devices) > 1:
+            raise ValueError(
+                f"capturable=True needs all parameters on one device, not on {devices[0]} and {devices[1]}"
+            )
+        layers = list(self._assigned.values())
+        if self._recorder is not None and self._recorder.fits(layers, groups, devices[0]):
+            return self._recorder
+        self._show_state()
+        step, rates = self.param_groups[0]["step"], [group["prev_lr"] for group in self.param_groups]
+        return Recorder(layers, groups, devices[0], self._history, step, rates)
 
 
 def _number(value: float | Tensor) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def _may_move(lr: float | Tensor) -> bool:
+    """Whether a learning rate is not known to be 0."""
+    return (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0.0
 
 
 def _all_zero(grads: list[Tensor | None]) -> bool:

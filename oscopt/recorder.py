@@ -1,0 +1,156 @@
+"""What stands in for the host while a CUDA graph is replayed, where only the device runs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .history import RECORDED, History
+from .kernels import capturing
+
+LEAST = 1024
+"""Steps that are held at least until the history takes them."""
+
+_BYTES = 16 << 20  # that steps may take on the device, if these hold more than LEAST
+
+
+class Recorder:
+    """Counts the steps, reads the learning rates and keeps the record, all by operations on the device.
+
+    They can be captured in a CUDA graph: no waiting, nothing from the host, always the same memory. Every
+    step writes a row into a ring, from which the history takes what is new when somebody reads it.
+
+    Args:
+        layers: the name of each parameter's layer, None: it has none.
+        groups: the number of each one's parameter group.
+        device: where the parameters lie.
+        history: takes the rows.
+        step: the number of the next step.
+        rates: learning rates of the last step, one a group.
+
+    Attributes:
+        entries: for every parameter its place in :meth:`factors`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str | None],
+        groups: Sequence[int],
+        device: torch.device,
+        history: History,
+        step: int,
+        rates: Sequence[float],
+    ) -> None:
+        self._description = (list(layers), list(groups), device)
+        names = list(dict.fromkeys(layer for layer in layers if layer is not None))
+        num_layers = len(names)
+        homes = [-1 if layer is None else names.index(layer) for layer in layers]
+        pairs = list(zip(homes, groups, strict=True))
+        distinct = list(dict.fromkeys(pairs))
+        self.entries = [distinct.index(pair) for pair in pairs]
+        of_layer: list[list[int]] = [[] for _ in range(num_layers)]
+        for home, group in distinct:
+            if home >= 0:
+                of_layer[home].append(group)
+        most = max(map(len, of_layer), default=1)
+        padded = [members + members[:1] * (most - len(members)) for members in of_layer]
+        options = {"dtype": torch.float64, "device": device}
+        self._layer_groups = torch.tensor(padded, dtype=torch.int64).to(device).reshape(num_layers, most).T
+        self._entry_group = torch.tensor([group for _, group in distinct]).to(device)
+        last = num_layers  # of the scales with a 1 behind them
+        self._entry_layer = torch.tensor([home if home >= 0 else last for home, _ in distinct]).to(device)
+        self._one = torch.ones(1, **options)
+        self._count = torch.tensor(step).to(device)
+        self._rates = torch.tensor(rates, dtype=torch.float64).to(device)
+        self._before = self._rates.clone()
+        rows = len(RECORDED) + 2
+        self._row = torch.zeros((rows, num_layers), **options)
+        self._row[RECORDED.index("step_scale") :] = 1.0
+        steps = max(LEAST, _BYTES // (8 * rows * max(num_layers, 1)))
+        self._ring = torch.zeros((steps, *self._row.shape), **options)
+        self._history = history
+        self._taken = step  # steps that the history has
+        self._waiting = 0  # steps since, as far as the host knows
+        history.follow(self.collect)
+
+    def fits(self, layers: Sequence[str | None], groups: Sequence[int], device: torch.device) -> bool:
+        """Whether it is one for these."""
+        return self._description == (list(layers), list(groups), device)
+
+    def set_rates(self, rates: Sequence[float | Tensor]) -> None:
+        """The learning rates of this step, one a group; captured, a number stays what it is now."""
+        for place, rate in zip(self._rates, rates, strict=True):
+            if isinstance(rate, Tensor):
+                place.copy_(rate.detach().reshape(()))
+            else:
+                place.fill_(rate)
+
+    def factors(self, scale: Tensor | None) -> Tensor:
+        """Learning rate times `scale` (float64, (L,)), one for each of `entries`."""
+        rates = self._rates.index_select(0, self._entry_group)
+        if scale is None:
+            return rates
+        return rates * torch.cat([scale, self._one]).index_select(0, self._entry_layer)
+
+    def layer_rates(self) -> tuple[Tensor, Tensor]:
+        """Learning rates of this step and of the last: float64, (L,), NaN where a layer's groups differ."""
+        both = torch.stack([self._rates, self._before])
+        of_layers = both[:, self._layer_groups]
+        same = (of_layers == of_layers[:, :1]).all(1)
+        lr, prev_lr = torch.where(same, of_layers[:, 0], math.nan)
+        return lr, prev_lr
+
+    def next_row(self, device: torch.device) -> Tensor:
+        """Where the next step's :data:`oscopt.history.RECORDED` go: float64, (7, L), always the same."""
+        self._row[:5].zero_()
+        return self._row[: len(RECORDED)]
+
+    def commit(
+        self, step: int, lr: Tensor, prev_lr: Tensor, settle: Callable[[], None] | None = None
+    ) -> None:
+        """Count a step and put the row and the rates into the ring; as :meth:`oscopt.History.commit`.
+
+        `step` is not looked at: the device counts.
+        """
+        if settle is not None:
+            settle()
+        self._row[len(RECORDED) :].copy_(torch.stack([lr, prev_lr]))
+        place = self._count.remainder(len(self._ring)).reshape(1)
+        self._ring.index_copy_(0, place, self._row[None])
+        self._count.add_(1)
+        self._before.copy_(self._rates)
+        self._waiting += 1
+        if self._waiting >= len(self._ring) // 2 and not capturing(self._ring.device):
+            self._history.pull()
+
+    def latest(self) -> Tensor:
+        """The row of the last step, float64, (7, L)."""
+        place = (self._count - 1).remainder(len(self._ring)).reshape(1)
+        return self._ring.index_select(0, place)[0, : len(RECORDED)]
+
+    def state(self) -> tuple[int, list[float]]:
+        """The number of the next step, and the learning rates of the last one; waits for the device."""
+        return int(self._count), self._before.tolist()
+
+    def collect(self) -> None:
+        """Let the history take what is new; waits for the device."""
+        count = int(self._count)
+        new, self._waiting = count - self._taken, 0
+        if new <= 0:
+            return
+        kept = min(new, len(self._ring))
+        if kept < new:
+            warnings.warn(
+                f"{new - kept} steps are not in the history: they were overwritten before it was read; "
+                f"read it (history.drain(), len(history)) at least every {len(self._ring)} steps",
+                stacklevel=3,
+            )
+        steps = np.arange(count - kept, count)
+        rows = self._ring[torch.from_numpy(steps % len(self._ring)).to(self._ring.device)].cpu().numpy()
+        self._taken = count
+        self._history.extend(steps, rows[:, : len(RECORDED)], *np.moveaxis(rows[:, len(RECORDED) :], 1, 0))

@@ -1,0 +1,100 @@
+"""A CUDA graph without a GPU: what runs while it captures is repeated by replay(), and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from oscopt import engine, optimizer, recorder
+from oscopt.kernels import triton_backend
+
+
+class FakeGraph:
+    """Captures tensor operations and launches of Triton kernels (by its interpreter) with their memory.
+
+    As in a real graph, numbers are those of the capture, tensors are read and written where they lay then,
+    and a value that the host asks for is an error.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch = patch
+        self._work: list[Callable[[], Any]] = []
+
+    @contextlib.contextmanager
+    def capture(self):
+        """Everything in here is captured; it runs as well, on copies that replace what it has written."""
+        with self._patch.context() as patch:
+            for module in (engine, optimizer, recorder, triton_backend):
+                patch.setattr(module, "capturing", lambda device: True, raising=False)
+            for name in ("step_kernel", "sample_kernel", "reduce_kernel"):
+                patch.setattr(triton_backend, name, _Launches(getattr(triton_backend, name), self._work))
+            # It computes with numpy on CPUs.
+            patch.setattr(engine, "estimate", _Calls(engine.estimate, self._work))
+            with _Operations(self._work):
+                yield self
+
+    def replay(self) -> None:
+        for work in self._work:
+            work()
+
+
+class _Calls:
+    def __init__(self, function: Callable, work: list) -> None:
+        self._function, self._work = function, work
+
+    def __call__(self, *args, **kwargs):
+        def run():
+            with torch.utils._python_dispatch._disable_current_modes():
+                self._function(*args, **kwargs)
+
+        self._work.append(run)
+        run()
+
+
+class _Launches:
+    def __init__(self, kernel, work: list) -> None:
+        self._kernel, self._work = kernel, work
+
+    def __getitem__(self, grid):
+        return _Calls(self._kernel[grid], self._work)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, work: list) -> None:
+        super().__init__()
+        self._work = work
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = str(function)
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("the host has asked for a value while capturing")
+        results = function(*args, **kwargs)
+        inputs = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        new = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor) and id(x) not in inputs]
+        memory = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        views = [x for x in new if x.untyped_storage().data_ptr() in memory]
+        if new and len(views) == len(new):
+            return results  # no work: where it lies stays as it is
+
+        def again():
+            for value, kept in zip(tree_leaves(function(*args, **kwargs)), tree_leaves(results), strict=True):
+                if (
+                    isinstance(kept, torch.Tensor)
+                    and id(kept) not in inputs
+                    and not name.startswith("aten.empty")
+                ):
+                    kept.copy_(value)
+
+        self._work.append(again)
+        return results

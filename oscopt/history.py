@@ -24,7 +24,7 @@ RECORDED = (*SUMS, "correlation_stderr", "step_scale", "prev_step_scale")
 """What one row of the record holds for each layer."""
 _HOST = ("lr", "prev_lr")
 _FORMAT = 1
-_BLOCK = 256  # steps that gather on the device before they move to the host
+_BLOCK = 256  # steps that gather on the device before they move to the host, or fewer: a quarter of `limit`
 
 
 class History:
@@ -36,11 +36,12 @@ class History:
     overwritten. Sums that are not finite are NaN.
 
     Args:
-        limit: how many steps are held in memory. Beyond, the record is thinned: every second step is dropped,
-            the oldest first, until every second step is left, then every fourth, and so on. Each row is
-            complete in itself, so what is left stays exact; `steps` tells which. A step of L layers takes
-            56 L bytes, and as much again where learning rates change; time a step does not depend on T.
-            None: no limit. :meth:`stream_to` keeps every step on disk.
+        limit: how many steps are held at most. Beyond, the record is thinned: every second step is dropped,
+            the oldest first, until every second step is left, then every fourth, and so on; the last 256
+            steps (or `limit` / 4, if that is less) stay. Each row is complete in itself, so what is left
+            stays exact; `steps` tells which. A step of L layers takes 56 L bytes, and as much again where
+            learning rates change; time a step does not depend on T. None: no limit. :meth:`stream_to` keeps
+            every step on disk.
 
     Raises:
         ValueError: `limit` is less than 512.
@@ -50,10 +51,11 @@ class History:
         if limit is not None and limit < 2 * _BLOCK:
             raise ValueError(f"Invalid limit: {limit}; use at least {2 * _BLOCK} steps, or None")
         self._limit = limit
+        self._size = _BLOCK if limit is None else min(_BLOCK, limit // 4)  # steps in a block
         self._layer_names: tuple[str, ...] = ()
         self._blocks: list[_Block] = []  # on the host, the oldest first
         self._arriving: _Block | None = None  # on its way there
-        self._block: Tensor | None = None  # (_BLOCK, 7, L) on the device
+        self._block: Tensor | None = None  # (_size, 7, L) on the device
         self._steps: list[int] = []  # of the filled rows of it
         self._rates: list[tuple[np.ndarray, ...]] = []  # lr and prev_lr of them
         self._settle_last: Callable[[], None] | None = None
@@ -106,11 +108,12 @@ class History:
 
         The sums in it are zeros, the scales ones.
         """
-        if self._block is not None and (len(self._steps) == _BLOCK or self._block.device != device):
+        if self._block is not None and (len(self._steps) == self._size or self._block.device != device):
             self._close_block()
         self.settle()
         if self._block is None:
-            shape = (_BLOCK, len(RECORDED), len(self._layer_names))
+            self._make_room()
+            shape = (self._size, len(RECORDED), len(self._layer_names))
             self._block = torch.zeros(shape, dtype=torch.float64, device=device)
             self._block[:, len(RECORDED) - 2 :] = 1.0  # scales
         return self._block[len(self._steps)]
@@ -213,17 +216,24 @@ class History:
         self._block, self._steps, self._rates = None, [], []
 
     def _absorb(self) -> None:
-        """Store the block that was on its way, on disk if asked, and thin what is too much."""
+        """Store the block that was on its way, on disk if asked."""
         if self._arriving is None:
             return
         block, self._arriving = self._arriving.on_host(), None
         if self._folder is not None:
             self._folder.append(self._history_of([block]))
-        self._blocks.append(block.thinned(self._stride))
+        self._blocks.append(block)
+        self._held += len(block)
         self._join(len(self._blocks) - 1)
-        self._held = sum(map(len, self._blocks))
-        while self._limit is not None and self._held > self._limit:
-            dense = (i for i, block in enumerate(self._blocks) if block.stride < self._stride)
+
+    def _make_room(self) -> None:
+        """Thin the record until another block fits in; its last block, which tells the next step, stays."""
+        if self._limit is None:
+            return
+        arriving = 0 if self._arriving is None else len(self._arriving)
+        while self._held + arriving + self._size > self._limit:
+            others = self._blocks if arriving else self._blocks[:-1]
+            dense = (i for i, block in enumerate(others) if block.stride < self._stride)
             if (i := next(dense, None)) is None:
                 self._stride *= 2
                 continue
@@ -236,7 +246,7 @@ class History:
         """Put block `i` and the one before together if they are small."""
         if i:
             pair = self._blocks[i - 1 : i + 1]
-            if pair[0].stride == pair[1].stride and len(pair[0]) + len(pair[1]) <= _BLOCK:
+            if pair[0].stride == pair[1].stride and len(pair[0]) + len(pair[1]) <= self._size:
                 self._blocks[i - 1 : i + 1] = [_joined(pair, len(self._layer_names))]
 
     # ---- reading -----------------------------------------------------------------------------------------
@@ -336,7 +346,8 @@ class History:
         """What is new since the last call, as a history of its own; everything, the first time.
 
         For live logging: it waits for the device, once, and its cost depends on what is new only. What
-        :class:`History` thinned out before it was asked for is gone: drain at least every 256 steps.
+        :class:`History` thinned out before it was asked for is gone: drain at least every 256 steps (or
+        `limit` / 4, if that is less).
         """
         self.pull()
         blocks: list[_Block] = []
@@ -496,7 +507,7 @@ class History:
                 raise ValueError(f"{source} is damaged: {name!r} has shape {data[name].shape}, not {shape}")
         history = cls()
         if "limit" in data:
-            history._limit = None if data["limit"] < 0 else int(data["limit"])
+            history = cls(None if data["limit"] < 0 else int(data["limit"]))
         history._layer_names = tuple(str(name) for name in data["layer_names"])
         history._count = int(data.get("count", count))
         history._drained = int(data.get("drained", -1))
@@ -505,7 +516,7 @@ class History:
             sums = np.stack([data[name] for name in RECORDED], axis=1)
             rates = {name: np.asarray(data[name]) for name in _HOST}
             block = _Block(np.asarray(data["steps"], np.int64), ordinals, sums, rates)
-            history._blocks = [block.between(i, i + _BLOCK) for i in range(0, count, _BLOCK)]
+            history._blocks = [block.between(i, i + history._size) for i in range(0, count, history._size)]
             history._held = count
         return history
 

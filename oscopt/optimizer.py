@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -56,7 +58,8 @@ class OscGD(Optimizer):
         differentiable: the update is made of torch's own operations, which autograd records.
         layers: which parameters make up a layer. "module": those that one module owns directly, named by its
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
-            measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None.
+            measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None;
+            if it cannot be pickled (a lambda), a pickled optimizer has its answers so far, as a dict.
         every: measure every `every`-th step; the others cost what SGD costs.
         sample: in (0, 1]. Less than 1: measure a fixed pseudo-random choice of aligned blocks that holds this
             fraction of each parameter (at least 16,384 elements, or all of it), and keep only their previous
@@ -427,8 +430,13 @@ class OscGD(Optimizer):
             name: getattr(self, name)
             for name in ("_every", "_sample", "_backend", "_history", "_assigned", "_policy", "_capturable")
         }
-        own["_layers"] = self._layers if isinstance(self._layers, str) else dict(self._assigned)
+        own["_layers"] = self._layers if _can_be_pickled(self._layers) else dict(self._assigned)
         return super().__getstate__() | own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OscGD:
+        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
+        copied.__setstate__(copy.deepcopy(self.__getstate__() | {"_layers": self._layers}, memo))
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -514,6 +522,14 @@ class OscGD(Optimizer):
         self._show_state()
         step, rates = self.param_groups[0]["step"], [group["prev_lr"] for group in self.param_groups]
         return Recorder(layers, groups, devices[0], self._history, step, rates)
+
+
+def _can_be_pickled(value: object) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:  # PicklingError, AttributeError, TypeError: pickle has no common one
+        return False
+    return True
 
 
 def _number(value: float | Tensor) -> float:

@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import DEVICE, batch, exact_correlations, gradients, small_net, train
+from helpers import DEVICE, batch, exact_correlations, gradients, small_net, train, train_scaled
 from torch import nn
 
 from oscopt import History, OscGD, OscMonitor
@@ -176,17 +176,7 @@ def test_grad_scaler(kind):
         net = small_net()
         optimizer = OPTIMIZERS[kind](net)
         monitor = OscMonitor(optimizer, net.named_parameters(), ("grad", "update"))
-        scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, enabled=scaled)
-        x, y = batch()
-        for t in range(5):
-            if t == 2 and not scaled:
-                continue
-            optimizer.zero_grad()
-            scaler.scale(nn.functional.cross_entropy(net(x), y)).backward()
-            if t == 2:
-                net[0].weight.grad[0] = torch.inf
-            scaler.step(optimizer)
-            scaler.update()
+        train_scaled(net, optimizer, enabled=scaled)
         results.append(monitor)
     for name in ("history", "update_history"):
         ours, wanted = (getattr(monitor, name) for monitor in results)

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, batch, small_net, train
+from helpers import BACKENDS, DEVICE, batch, small_net, train, train_scaled
 from torch import nn
 
 from oscopt import OscGD
@@ -284,15 +284,7 @@ def test_grad_scaler_skips():
     """A step that GradScaler skips is no measurement; the next pairs with the last applied gradient."""
     net = small_net()
     optimizer = OscGD(net.named_parameters(), lr=0.01)
-    scaler = torch.amp.GradScaler(DEVICE, init_scale=8.0)
-    x, y = batch()
-    for t in range(5):
-        optimizer.zero_grad()
-        scaler.scale(nn.functional.cross_entropy(net(x), y)).backward()
-        if t == 2:
-            net[0].weight.grad[0] = torch.inf
-        scaler.step(optimizer)
-        scaler.update()
+    train_scaled(net, optimizer)
     assert optimizer.history.steps.tolist() == [0, 1, 2, 3]
     assert not torch.from_numpy(optimizer.history.correlation()[1:]).isnan().any()
 

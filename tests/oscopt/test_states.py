@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -125,6 +126,28 @@ def test_windows_outlive_added_parameters_and_compare_the_same_ones():
     optimizer.add_param_group({"params": [("c.w", parameter())]})
     step(optimizer, (p, gradient()), (q, gradient()))
     assert window.complete and window.matrix("a")[0, 1] == pytest.approx(1.0)
+
+
+def initial(name: str) -> str:
+    return name[0]
+
+
+def through_pickle(optimizer):
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("layers", [initial, lambda name: name[0]], ids=["function", "lambda"])
+@pytest.mark.parametrize("way", [copy.deepcopy, through_pickle])
+def test_copies_know_the_layers_of_what_is_added(way, layers):
+    optimizer = OscGD([("a.w", parameter()), ("a.b", parameter())], lr=0.01, layers=layers)
+    again = way(optimizer)
+    assert again.layer_names == ("a",)
+    if way is through_pickle and layers is not initial:  # a lambda cannot be pickled: what it said so far is
+        with pytest.raises(ValueError, match="layers gives no layer for 'b.w'"):
+            again.add_param_group({"params": [("b.w", parameter())]})
+    else:
+        again.add_param_group({"params": [("b.w", parameter())]})
+        assert again.layer_names == ("a", "b")
 
 
 @pytest.mark.parametrize("policy", [SecantStep(granularity="layer", lag=1), CosineStep(1.0)], ids=str)

@@ -32,9 +32,11 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from types import ModuleType
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -211,6 +213,20 @@ class Plan:
             batch.step(*values, hyper, target, scale)
             if n and out is not None:
                 out += target
+
+
+class Tensors(list[Tensor]):
+    """A list of tensors that looks up their addresses once; not to be changed after that."""
+
+    @cached_property
+    def addresses(self) -> np.ndarray:
+        """int64, shape (N,)."""
+        return np.fromiter(map(Tensor.data_ptr, self), np.int64, len(self))
+
+
+def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Addresses of `tensors`: int64, shape (N,)."""
+    return (tensors if isinstance(tensors, Tensors) else Tensors(tensors)).addresses
 
 
 def pick(values: Sequence | None, index: Sequence[int] | None) -> Sequence | None:

@@ -19,6 +19,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from . import addresses
 from .sampling import BLOCK, GROUP, NOTHING, SIGNS
 
 NAME = "numba"
@@ -53,7 +54,7 @@ class Batch:
         self._tag = np.zeros(1, _STORAGE[dtype])
         self._itemsize = dtype.itemsize
         self._params = params
-        self._own = _addresses(params)
+        self._own = addresses(params)
         sizes = np.array([p.numel() for p in params], np.int64)
         # A chunk of a sampled tensor holds whole groups of strata.
         group = np.array([BLOCK * GROUP * d.stratum for d in drawn or [NOTHING] * len(params)], np.int64)
@@ -94,8 +95,8 @@ class Batch:
             threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)
         arguments = (
             self._own if hyper is not None else _NO_ADDRESSES,
-            _addresses(grads),
-            _addresses(prevs) if prevs is not None else _NO_ADDRESSES,
+            addresses(grads),
+            addresses(prevs) if prevs is not None else _NO_ADDRESSES,
             _addresses_of_some(bufs) if bufs is not None else _NO_ADDRESSES,
             np.array(copies, np.bool_) if copies is not None else np.zeros(0, np.bool_),
             self._rows[1],
@@ -129,10 +130,6 @@ class Batch:
             share[0], share[-1] = 0, len(self._work)
             self._shares[threads] = share.astype(np.int64)
         return self._shares[threads]
-
-
-def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
 def _addresses_of_some(tensors: Sequence[Tensor | None]) -> np.ndarray:

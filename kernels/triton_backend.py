@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import capturing
+from . import addresses, capturing
 from .sampling import BLOCK as SAMPLE_BLOCK
 from .sampling import GROUP
 
@@ -339,7 +339,7 @@ class Batch:
         self._bounds = self._upload(bounds.astype(np.int32))
         self._sums = 4 if drawn is None else 10
         self._partials = torch.empty((len(tensor), self._sums), dtype=torch.float64, device=self._device)
-        self._tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+        self._tables: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._spares: list[tuple[Tensor, Tensor]] = []  # on the host and on the device
         self._captured: list[tuple[Tensor, Tensor]] = []  # those that graphs read
         self._rows: tuple[Sequence[int] | None, Tensor | None] = (None, None)
@@ -347,7 +347,6 @@ class Batch:
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         measure = prevs is not None
-        bufs = bufs or [None] * len(grads)
         pointers, flags = self._table(grads, prevs, bufs, copies)
         whole = measure and self._drawn is None
         if len(self._tensor) and (whole or hyper is not None):
@@ -360,7 +359,7 @@ class Batch:
                 self._dtype,
                 update=hyper is not None,
                 measure=whole,
-                momentum=any(b is not None for b in bufs),
+                momentum=bufs is not None and any(b is not None for b in bufs),
                 copy=whole and copies is not None,
                 scaled=scale is not None,
             )
@@ -404,26 +403,21 @@ class Batch:
 
     def _table(self, grads, prevs, bufs, copies) -> tuple[Tensor, Tensor]:
         """Pointers and flags on the device; uploaded only if these addresses are not among the last few."""
-        grad = [t.data_ptr() for t in grads]
-        key = (
-            *(p.data_ptr() for p in self._params),
-            *grad,
-            *((t.data_ptr() for t in prevs) if prevs is not None else grad),
-            *(g if b is None else b.data_ptr() for g, b in zip(grad, bufs, strict=True)),
-            *(copies or ()),
-            *(b is None for b in bufs),
-        )
-        captured = capturing(self._device)
-        if captured or key not in self._tables:
-            table = np.zeros((5, len(grad)), np.int64)
-            table[:4] = np.array(key[: 4 * len(grad)], np.int64).reshape(4, -1)
-            flags = table[4].view(np.int32)[: len(grad)]
-            flags += _ALIGNED.value * (table[:4] % 16 == 0).all(0).astype(np.int32)
-            flags += _BUFFERED.value * np.array([b is not None for b in bufs], np.int32)
-            if copies is not None:
-                flags += _COPIED.value * np.array(copies, np.int32)
-        if captured:
+        table = np.zeros((5, len(grads)), np.int64)
+        table[0], table[1] = addresses(self._params), addresses(grads)
+        table[2] = table[1] if prevs is None else addresses(prevs)
+        table[3] = table[1]
+        flags = table[4].view(np.int32)[: len(grads)]
+        if bufs is not None:
+            there = [b is not None for b in bufs]
+            table[3, there] = addresses([b for b in bufs if b is not None])
+            flags += _BUFFERED.value * np.array(there, np.int32)
+        if copies is not None:
+            flags += _COPIED.value * np.array(copies, np.int32)
+        flags += _ALIGNED.value * (table[:4] % 16 == 0).all(0).astype(np.int32)
+        if capturing(self._device):
             return _parts(self._upload_captured(table))
+        key = table.tobytes()
         if key in self._tables:
             self._tables.move_to_end(key)
         else:
@@ -432,7 +426,7 @@ class Batch:
             on_device = self._upload(table)
             self._tables[key] = _parts(on_device)
         while len(self._spares) < _SPARES:
-            spare = torch.empty((5, len(grad)), dtype=torch.int64, pin_memory=self._device.type != "cpu")
+            spare = torch.empty(table.shape, dtype=torch.int64, pin_memory=self._device.type != "cpu")
             self._spares.append((spare, spare.to(self._device)))
         return self._tables[key]
 

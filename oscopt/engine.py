@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter, eq
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -282,7 +282,7 @@ class Engine:
         """
         if self.ranks is not None:
             self.ranks.check()
-        grads = list(map(_GRAD, self.params))
+        grads = kernels.Tensors(map(_GRAD, self.params))
         if self._regular(grads):
             self.fits = True
             return grads, grads
@@ -481,10 +481,10 @@ class Engine:
     def _pairs(self, grads, wholes, present) -> tuple[list, list[bool] | None, Sequence[int]]:
         """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
         if grads is wholes and self._by_reference:
-            addresses = map(Tensor.data_ptr, grads)
-            reused = map(eq, map(Tensor.data_ptr, self._prev), addresses)
-            if list(map(_VERSION, self._prev)) == self._version and not any(reused):
-                return self._prev, None, []
+            prevs = kernels.Tensors(self._prev)
+            reused = prevs.addresses == grads.addresses
+            if list(map(_VERSION, prevs)) == self._version and not reused.any():
+                return prevs, None, []
         prevs: list[Tensor | None] = list(grads)
         copies = None
         lost: set[int] = set()

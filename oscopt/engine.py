@@ -636,6 +636,38 @@ class Engine:
         return self._rates[lr]
 
 
+def check_settings(every: int, sample: float, capturable: bool) -> None:
+    """Check what :class:`oscopt.OscGD` and :class:`oscopt.OscMonitor` both take.
+
+    Raises:
+        ValueError: one is out of its range, or they exclude each other.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"Invalid every: {every!r}; use a whole number of steps, 1 or more")
+    if not (isinstance(sample, int | float) and 0.0 < sample <= 1.0):
+        raise ValueError(f"Invalid sample: {sample!r}; use a fraction greater than 0 and at most 1")
+    if capturable and every > 1:
+        raise ValueError(
+            f"Invalid every: {every} with capturable=True, where all steps are the same; use 1, and "
+            "sample=1/16 to measure at little cost"
+        )
+
+
+def skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler has found that this step is to be skipped, and left that to the optimizer.
+
+    Raises:
+        RuntimeError: it cannot be told, as a CUDA graph is being captured.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    if found is not None and kernels.capturing(found.device):
+        raise RuntimeError(
+            "whether a GradScaler skips a step cannot be told while capturing a CUDA graph; use bfloat16, or "
+            "capture forward and backward only"
+        )
+    return found is not None and bool(found.item())
+
+
 def _ranks(names, params, layers, settings: dict[str, Any], known: Ranks | None) -> Ranks | None:
     """The processes that share the parameters, None: there is one. Those known, if nothing has changed."""
     if not any(map(is_dtensor, params)):

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import Ranks, bare
-from .engine import COPIED, PREVIOUS, SAMPLE, SAMPLE_LAYOUT, Engine
+from .engine import COPIED, PREVIOUS, SAMPLE, SAMPLE_LAYOUT, Engine, check_settings, skipped
 from .history import History
+from .kernels import capturing
 from .layers import Layers, assign
+from .recorder import Recorder, one_device
 from .window import Window
 
 QUANTITIES = ("grad", "update")
@@ -32,7 +34,8 @@ class OscMonitor:
         what: "grad": the gradients that a step finds (that it ends with, where it calls a closure or unscales
             them itself). "update": what it has added to the parameters, x_{t+1} - x_t; this takes two copies
             of the parameters. Or both, as a tuple.
-        layers, every, sample, backend: as in :class:`oscopt.OscGD`.
+        layers, every, sample, capturable, backend: as in :class:`oscopt.OscGD`. For a CUDA graph the
+            optimizer must be `capturable` as well.
         history, update_history: record into these, which go on where they end. Default: new ones.
 
     Raises:
@@ -54,14 +57,12 @@ class OscMonitor:
         layers: Layers = "module",
         every: int = 1,
         sample: float = 1.0,
+        capturable: bool = False,
         backend: str = "auto",
         history: History | None = None,
         update_history: History | None = None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"Invalid every: {every!r}; use a whole number of steps, 1 or more")
-        if not (isinstance(sample, int | float) and 0.0 < sample <= 1.0):
-            raise ValueError(f"Invalid sample: {sample!r}; use a fraction greater than 0 and at most 1")
+        check_settings(every, sample, capturable)
         self.what = (what,) if isinstance(what, str) else tuple(what)
         if not self.what or set(self.what) - set(QUANTITIES):
             raise ValueError(f"Invalid what: {what!r}; use 'grad', 'update' or ('grad', 'update')")
@@ -87,12 +88,14 @@ class OscMonitor:
         self._histories = {w: History() if given[w] is None else given[w] for w in self.what}
         self._states: dict[str, dict[Tensor, dict[str, Any]]] = {w: defaultdict(dict) for w in self.what}
         self._ranks: Ranks | None = None
-        self._engines = {w: self._new_engine(w) for w in self.what}
         self._step = max(history.next_step for history in self._histories.values())
         self._prev_lr = (math.nan,) * len(optimizer.param_groups)
+        self._capturable = capturable
+        self._recorders: dict[str, Recorder] = {}
+        self._engines = {w: self._new_engine(w) for w in self.what}
         self._late = False
         self._before: list[Tensor] | None = None  # the parameters before this step
-        self._buffers: list[list[Tensor]] = []  # two copies of the parameters, in turn
+        self._buffers: list[list[Tensor]] = []  # copies of the parameters, in turn
         self._optimizer = optimizer
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -160,13 +163,15 @@ class OscMonitor:
             (a for a in args if a is not optimizer and a is not None), None
         )
         self._late = closure is not None or getattr(optimizer, "grad_scale", None) is not None
-        if "grad" in self._engines and not self._late and not self._skipped(optimizer):
+        if "grad" in self._engines and not self._late and not skipped(optimizer):
             self._measure("grad", *self._gradients())
         if "update" in self._engines and self._engines["update"].wants(self._step):
             self._renew_if_stale("update")
             params = self._engines["update"].values()
             if not self._buffers:
-                self._buffers = [[torch.empty_like(p) for p in self._options["params"]] for _ in range(2)]
+                params_of_user = self._options["params"]
+                copies = 1 if self._capturable else 2  # the engine has another then
+                self._buffers = [[torch.empty_like(p) for p in params_of_user] for _ in range(copies)]
             self._before = [bare(buffer) for buffer in self._buffers[0]]
             torch._foreach_copy_(self._before, params)
 
@@ -174,7 +179,7 @@ class OscMonitor:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         change, self._before = self._before, None
-        if self._skipped(optimizer):
+        if skipped(optimizer):
             return
         if "grad" in self._engines and self._late:
             self._measure("grad", *self._gradients())
@@ -190,8 +195,9 @@ class OscMonitor:
                         wholes[i], grads[i] = self._buffers[0][i], change[i]
                 self._buffers.reverse()
             self._measure("update", grads, wholes)
-        self._step += 1
-        self._prev_lr = self._lr()
+        if not self._capturable:
+            self._step += 1
+            self._prev_lr = self._lr()
 
     def _gradients(self) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
         if self._engines["grad"].untouched:
@@ -214,9 +220,21 @@ class OscMonitor:
 
     def _measure(self, what: str, grads: list[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         engine = self._engines[what]
-        engine.history.cut(self._step)  # a step that failed halfway has left its row
-        rows = [0] * len(grads)
-        engine.step(self._step, grads, wholes, None, rows, None, self._lr(), self._prev_lr)
+        if capturing(engine.device):
+            if not self._capturable:
+                raise RuntimeError(
+                    "OscMonitor(capturable=False) cannot be captured in a CUDA graph; make it with "
+                    "capturable=True"
+                )
+            engine.check_capture(grads)
+        rows, lr = [0] * len(grads), ()
+        if self._capturable:
+            rates = [group.get("lr", math.nan) for group in self._optimizer.param_groups]
+            self._recorders[what].set_rates(rates)
+        else:
+            engine.history.cut(self._step)  # a step that failed halfway has left its row
+            lr = self._lr()
+        engine.step(self._step, grads, wholes, None, rows, None, lr, self._prev_lr)
 
     def _lr(self) -> tuple[float, ...]:
         rates = (group.get("lr", math.nan) for group in self._optimizer.param_groups)
@@ -224,18 +242,31 @@ class OscMonitor:
             math.nan if isinstance(r, Tensor) and r.device.type != "cpu" else float(r) for r in rates
         )
 
-    @staticmethod
-    def _skipped(optimizer: Optimizer) -> bool:
-        """Whether a GradScaler has found that this step is to be skipped, and left that to the optimizer."""
-        found = getattr(optimizer, "found_inf", None)
-        return found is not None and bool(found.item())
-
     def _new_engine(self, what: str) -> Engine:
+        if self._capturable:
+            self._count()
+            layers, groups = self._options["layers"], self._options["groups"]
+            device = one_device(self._options["params"])
+            known = self._recorders.get(what)
+            if known is None or not known.fits(layers, groups, device):
+                self._recorders[what] = Recorder(
+                    layers, groups, device, self._histories[what], self._step, self._prev_lr
+                )
         engine = Engine(
-            states=self._states[what], history=self._histories[what], ranks=self._ranks, **self._options
+            states=self._states[what],
+            history=self._histories[what],
+            ranks=self._ranks,
+            recorder=self._recorders.get(what),
+            **self._options,
         )
         self._ranks = engine.ranks
         return engine
+
+    def _count(self) -> None:
+        """Take over from the device how many steps there were, if it counts."""
+        if self._recorders:
+            self._step, rates = next(iter(self._recorders.values())).state()
+            self._prev_lr = tuple(rates)
 
     # ---- checkpoints, and the end ------------------------------------------------------------------------
 
@@ -243,6 +274,7 @@ class OscMonitor:
         """The previous gradients and updates and the number of steps: tensors and plain values only."""
         for engine in self._engines.values():
             engine.drop_spoiled()
+        self._count()
         named = list(zip(self._options["names"], self._options["params"], strict=True))
         states = {
             key: {name: dict(self._states[what].get(p, {})) for name, p in named}
@@ -263,6 +295,9 @@ class OscMonitor:
             if states is not None and set(states) != set(names):
                 different = sorted(set(states) ^ set(names))
                 raise ValueError(f"the monitor's state is of other parameters, such as {different[0]!r}")
+        for history in self._histories.values():
+            history.cut(state_dict["step"])
+        self._recorders.clear()
         self._step = state_dict["step"]
         self._prev_lr = tuple(state_dict.get("prev_lr", self._prev_lr))
         for what in self.what:
@@ -272,7 +307,6 @@ class OscMonitor:
                 if state:
                     states[p].update({key: state[key] for key in _KEYS if key in state})
             self._states[what] = states
-            self._histories[what].cut(self._step)
             self._engines[what] = self._new_engine(what)
 
     def detach(self) -> None:

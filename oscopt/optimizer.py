@@ -16,11 +16,11 @@ from torch.optim.sgd import sgd
 
 from .adapt import Adapter, Policy, resolve
 from .distributed import Ranks, bare
-from .engine import Engine
+from .engine import Engine, check_settings, skipped
 from .history import History
 from .kernels import capturing
 from .layers import Layers, assign
-from .recorder import Recorder
+from .recorder import Recorder, one_device
 from .window import Window
 
 _ADDED = {
@@ -108,10 +108,7 @@ class OscGD(Optimizer):
         backend: str = "auto",
         history: History | None = None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"Invalid every: {every!r}; use a whole number of steps, 1 or more")
-        if not (isinstance(sample, int | float) and 0.0 < sample <= 1.0):
-            raise ValueError(f"Invalid sample: {sample!r}; use a fraction greater than 0 and at most 1")
+        check_settings(every, sample, capturable)
         policy = resolve(adapt)
         if history is not None and not isinstance(history, History):
             raise TypeError(f"history must be an oscopt.History or None, not {type(history).__name__}")
@@ -137,11 +134,6 @@ class OscGD(Optimizer):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if capturable and differentiable:
             raise RuntimeError("`capturable` does not support `differentiable`")
-        if capturable and every > 1:
-            raise ValueError(
-                f"Invalid every: {every} with capturable=True, where all steps are the same; use 1, and "
-                "sample=1/16 to measure at little cost"
-            )
         if fused:
             self._step_supports_amp_scaling = True
         self._layers = layers
@@ -247,14 +239,9 @@ class OscGD(Optimizer):
 
     def _unscale(self) -> bool:
         """Do what a GradScaler has left to do; False: this step is to be skipped."""
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found is not None and capturing(found.device):
-            raise RuntimeError(
-                "whether a GradScaler skips a step cannot be told while capturing a CUDA graph; use "
-                "bfloat16, or capture forward and backward only"
-            )
-        if found is not None and found.item():
+        if skipped(self):
             return False
+        scale = getattr(self, "grad_scale", None)
         if scale is not None:
             by_device: dict[torch.device, list[Tensor]] = {}
             for group in self.param_groups:
@@ -511,17 +498,12 @@ class OscGD(Optimizer):
 
     def _new_recorder(self, params: list[Tensor], groups: list[int]) -> Recorder:
         """What counts and records on the device; the one there is, if it fits."""
-        devices = list(dict.fromkeys(p.device for p in params))
-        if len(devices) > 1:
-            raise ValueError(
-                f"capturable=True needs all parameters on one device, not on {devices[0]} and {devices[1]}"
-            )
-        layers = list(self._assigned.values())
-        if self._recorder is not None and self._recorder.fits(layers, groups, devices[0]):
+        device, layers = one_device(params), list(self._assigned.values())
+        if self._recorder is not None and self._recorder.fits(layers, groups, device):
             return self._recorder
         self._show_state()
         step, rates = self.param_groups[0]["step"], [group["prev_lr"] for group in self.param_groups]
-        return Recorder(layers, groups, devices[0], self._history, step, rates)
+        return Recorder(layers, groups, device, self._history, step, rates)
 
 
 def _can_be_pickled(value: object) -> bool:

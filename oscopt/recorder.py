@@ -19,6 +19,20 @@ LEAST = 1024
 _BYTES = 16 << 20  # that steps may take on the device, if these hold more than LEAST
 
 
+def one_device(params: Sequence[Tensor]) -> torch.device:
+    """The device of `params`.
+
+    Raises:
+        ValueError: there are several.
+    """
+    devices = list(dict.fromkeys(p.device for p in params))
+    if len(devices) > 1:
+        raise ValueError(
+            f"capturable=True needs all parameters on one device, not on {devices[0]} and {devices[1]}"
+        )
+    return devices[0]
+
+
 class Recorder:
     """Counts the steps, reads the learning rates and keeps the record, all by operations on the device.
 

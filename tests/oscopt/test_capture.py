@@ -12,7 +12,7 @@ from graph import FakeGraph
 from helpers import BACKENDS, DEVICE, batch, small_net, train
 from torch import nn
 
-from oscopt import OscGD, recorder
+from oscopt import OscGD, OscMonitor, recorder
 from oscopt.adapt import CosineStep, SecantStep
 
 WARM, STEPS = 3, 7
@@ -349,6 +349,64 @@ def test_captures_that_cannot_be(monkeypatch):
     unchanged(named, optimizer, RuntimeError, "8 captures have used up")
     eager(named, optimizer, gradients(), [3])
     captured(optimizer)  # as the message says
+
+
+class Descent(torch.optim.Optimizer):
+    """That never asks for a value: torch's SGD does so on CPUs."""
+
+    def __init__(self, params, lr) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"sample": 0.25}], ids=["exact", "sample"])
+def test_a_monitor_of_a_captured_optimizer(options, monkeypatch):
+    options = options | {"what": ("grad", "update"), "backend": "triton"}
+    grads = gradients()
+    usual, captured = parameters(), parameters()
+    rates = torch.tensor(1.0, device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    a, b = map(Descent, (usual, captured), rates)
+    expected = OscMonitor(a, usual, **options)
+    monitor = OscMonitor(b, captured, capturable=True, **options)
+    eager(usual, a, grads)
+    replayed(captured, b, grads, monkeypatch)
+    for (name, p), (_, q) in zip(usual, captured, strict=True):
+        assert torch.equal(p, q), name
+    assert len(expected.history) == len(expected.update_history) == STEPS
+    same_history(expected.history, monitor.history)
+    same_history(expected.update_history, monitor.update_history)
+    torch.testing.assert_close(expected.correlation, monitor.correlation, rtol=0, atol=0, equal_nan=True)
+    state = monitor.state_dict()
+    assert state["step"] == STEPS and state["prev_lr"] == [rate(STEPS - 1)]
+    monitor.load_state_dict(state)
+    eager(captured, b, grads, [0])
+    assert monitor.history.next_step == monitor.update_history.next_step == STEPS + 1
+    assert np.isfinite(monitor.history.correlation()[-1, 0])
+
+
+def test_a_monitor_that_cannot_be_captured(monkeypatch):
+    named = parameters()
+    optimizer = Descent(named, lr=0.1)
+    with pytest.raises(ValueError, match="every: 2 with capturable=True"):
+        OscMonitor(optimizer, named, capturable=True, every=2)
+    with OscMonitor(optimizer, named, backend="triton"):
+        eager(named, optimizer, gradients(), range(WARM))
+        with (
+            pytest.raises(RuntimeError, match="make it with capturable=True"),
+            FakeGraph(monkeypatch).capture(),
+        ):
+            optimizer.step()
+    with OscMonitor(optimizer, named, backend="triton", capturable=True):
+        with pytest.raises(RuntimeError, match="no previous gradient yet"), FakeGraph(monkeypatch).capture():
+            optimizer.step()
+        optimizer.found_inf = torch.zeros(())
+        with pytest.raises(RuntimeError, match="GradScaler"), FakeGraph(monkeypatch).capture():
+            optimizer.step()
 
 
 @pytest.mark.gpu

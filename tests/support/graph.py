@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from oscopt import engine, optimizer, recorder
+from oscopt import engine, kernels, monitor, optimizer, recorder
 from oscopt.kernels import triton_backend
 
 
@@ -30,8 +30,8 @@ class FakeGraph:
     def capture(self):
         """Everything in here is captured; it runs as well, on copies that replace what it has written."""
         with self._patch.context() as patch:
-            for module in (engine, optimizer, recorder, triton_backend):
-                patch.setattr(module, "capturing", lambda device: True, raising=False)
+            for module in (kernels, monitor, optimizer, recorder, triton_backend):
+                patch.setattr(module, "capturing", lambda device: True)
             for name in ("step_kernel", "sample_kernel", "reduce_kernel"):
                 patch.setattr(triton_backend, name, _Launches(getattr(triton_backend, name), self._work))
             # It computes with numpy on CPUs.
@@ -39,6 +39,7 @@ class FakeGraph:
             with _Operations(self._work):
                 yield self
 
+    @torch.no_grad()
     def replay(self) -> None:
         for work in self._work:
             work()

@@ -116,7 +116,8 @@ def ddp(rank, world):
 
 
 def fsdp(rank, world):
-    for options in ({}, {"momentum": 0.9, "nesterov": True, "every": 2}, {"layers": "parameter"}):
+    cases = ({}, {"momentum": 0.9, "nesterov": True, "every": 2}, {"layers": "parameter"})
+    for options in (*cases, {"capturable": True}):
         model = sharded()
         optimizer = OscGD(model.named_parameters(), lr=LR, **options)
         train(model, optimizer, 6, mine(rank, world))

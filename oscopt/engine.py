@@ -155,9 +155,8 @@ class Engine:
         """The previous gradients, as tensors like `param`."""
         self._version = [0] * len(self.slots)
         """Their versions when they were kept."""
-        for i, slot in enumerate(self.slots):
-            if slot.state is not None:
-                self._take_up(i, slot)
+        unfit = [slot for i, slot in enumerate(self.slots) if not self._take_up(i, slot)]
+        self._forget({slot.home for slot in unfit})
         self._kept = [
             i for i, slot in enumerate(self.slots) if self._prev[i] is not None or slot.sample is not None
         ]
@@ -186,13 +185,31 @@ class Engine:
         )
 
     def drop_spoiled(self) -> None:
-        """Forget previous gradients that have been written to: whoever goes on from them cannot tell."""
+        """Forget previous gradients that have been written to, or whose state has been taken away: whoever
+        goes on from the states cannot tell.
+        """
+        layers = set()
         for i, slot in enumerate(self.slots):
-            prev = self._prev[i]
+            prev, state = self._prev[i], self._states.get(slot.outer, {})
             if prev is not None and not slot.copied and prev._version != self._version[i]:
-                self._prev, self._by_reference = list(self._prev), False
-                self._prev[i] = None
-                self.state(slot).pop(PREVIOUS, None)
+                layers.add(slot.home)
+            elif slot.state is not None and slot.state is not state:
+                if not state.keys() >= slot.state.keys() & {PREVIOUS, SAMPLE}:
+                    layers.add(slot.home)
+        self._forget(layers)
+
+    def _forget(self, layers: set[int]) -> None:
+        """Forget the previous gradients of `layers`: each as a whole, as a part of it would make a wrong pair
+        with the next gradients if those are of the same part.
+        """
+        if not layers:
+            return
+        self._prev, self._by_reference = list(self._prev), False
+        for i, slot in enumerate(self.slots):
+            if slot.home in layers and slot.state is not None:
+                self._prev[i] = slot.sample = None
+                slot.state.pop(PREVIOUS, None)
+                slot.state.pop(SAMPLE, None)
 
     def state(self, slot: Slot) -> dict[str, Any]:
         """The state of its parameter, to be written."""
@@ -539,12 +556,17 @@ class Engine:
             ]
         return self._plans[key]
 
-    def _take_up(self, i: int, slot: Slot) -> None:
+    def _take_up(self, i: int, slot: Slot) -> bool:
         """Go on with what an optimizer's state holds of a parameter; forget what was kept in another mode.
 
+        Returns:
+            False: it holds a sample that does not fit any more.
+
         Raises:
-            ValueError: it does not fit the parameter.
+            ValueError: it holds something else that does not fit the parameter.
         """
+        if slot.state is None:
+            return True
         state = slot.state
         sample = state.get(SAMPLE)
         fits = self._drawn is not None and sample is not None
@@ -571,6 +593,7 @@ class Engine:
             self._version[i] = self._prev[i]._version
         slot.copied = state.get(COPIED, False)
         slot.sample = state.get(SAMPLE)
+        return slot.sample is sample
 
     def _sample_layout(self, i: int) -> list[int]:
         """What decides which elements of a gradient the drawn blocks are."""

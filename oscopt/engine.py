@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter, eq
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ class Engine:
         self.ranks = _ranks(names, params, layers, {"every": every, "sample": sample}, ranks)
         counted = self.ranks.counted if self.ranks is not None else [True] * len(params)
         self._states = states
-        self._known_states = len(states)
+        self._known_states = list(states.values())
         self.slots = []
         for i, p in enumerate(params):
             local, home = bare(p), index[layers[i]]
@@ -175,9 +175,11 @@ class Engine:
 
     def stale(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether a new engine is needed: a parameter has moved (to another device, dtype, layout), or its
-        state has been taken away.
+        state has been taken away or replaced.
         """
-        if states is not self._states or len(states) != self._known_states:
+        if states is not self._states or len(states) != len(self._known_states):
+            return True
+        if not all(map(is_, states.values(), self._known_states)):
             return True
         params = self.params if self._plain else list(map(bare, self.params))
         return (
@@ -215,7 +217,7 @@ class Engine:
         """The state of its parameter, to be written."""
         if slot.state is None:
             slot.state = self._states[slot.outer]
-            self._known_states = len(self._states)
+            self._known_states.append(slot.state)
         return slot.state
 
     def correlation(self) -> Tensor:

@@ -146,6 +146,25 @@ def test_one_parameters_state_taken_away():
     assert torch.allclose(results[0][0], results[1][0]) and results[0][1] == results[1][1]
 
 
+@pytest.mark.parametrize("replace", [lambda state: {}, dict], ids=["nothing", "a copy"])
+def test_one_parameters_state_replaced(replace):
+    """As SGD goes on; the new state is the one that is written to."""
+    results = []
+    for kind in (OscGD, torch.optim.SGD):
+        p, q = parameter(), parameter()
+        optimizer = kind([p, q], lr=0.1, momentum=0.9)
+        for _ in range(2):
+            step(optimizer, (p, gradient()), (q, gradient()))
+        optimizer.state[p] = replace(optimizer.state[p])
+        step(optimizer, (p, gradient(seed=2)), (q, gradient(seed=2)))
+        results.append((p.detach(), q.detach(), optimizer.state[p]["momentum_buffer"]))
+        if kind is OscGD:
+            assert optimizer.state[p]["prev_grad"] is p.grad
+            assert optimizer.correlation.isnan().tolist() == [replace is not dict, False]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_windows_outlive_added_parameters_and_compare_the_same_ones():
     p, q = parameter(), parameter()
     optimizer = OscGD([("a.w", p), ("a.b", q)], lr=0.01)

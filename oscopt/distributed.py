@@ -8,8 +8,12 @@ a few numbers each, gives every rank the whole. Plain tensors are whole on every
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import sys
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,6 +33,10 @@ def bare(tensor: Tensor) -> Tensor:
         if hasattr(tensor, "wait"):  # an AsyncCollectiveTensor
             tensor = tensor.wait()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+_under_way: set[Any] = set()  # sums over gloo that nobody has waited for yet
+_PATIENCE = timedelta(seconds=10)  # with a rank that is stuck, as this one ends
 
 
 class Ranks:
@@ -70,6 +78,8 @@ class Ranks:
         dist.all_gather_object(everyone, self.description, self._group)
         for rank, other in enumerate(everyone):
             _compare(everyone[0], other, rank)
+        atexit.unregister(_leave)  # once is enough
+        atexit.register(_leave)
         self.counted = [
             min(rank for rank, other in enumerate(everyone) if other["pieces"][i] == piece) == self.rank
             for i, piece in enumerate(self.description["pieces"])
@@ -93,7 +103,10 @@ class Ranks:
         """Start summing `sums` over the ranks, in place; what is returned waits for it, in ``wait``."""
         import torch.distributed as dist
 
-        return dist.all_reduce(sums, group=self._group, async_op=True)
+        work = dist.all_reduce(sums, group=self._group, async_op=True)
+        if sums.device.type == "cpu":
+            _under_way.add(work)
+        return work
 
     def wait(self, work: Any) -> None:
         """Wait for what :meth:`reduce` started; on a GPU only the stream does.
@@ -101,6 +114,7 @@ class Ranks:
         Raises:
             RuntimeError: another rank is gone.
         """
+        _under_way.discard(work)
         try:
             work.wait()
         except RuntimeError as error:
@@ -108,6 +122,18 @@ class Ranks:
                 f"rank {self.rank} of {self.size}: the sums of the layers could not be added up, as another "
                 f"rank has stopped or is stuck ({error})"
             ) from error
+
+
+def _leave() -> None:
+    """Before the interpreter goes: send the others what they lack of this rank's last sums.
+
+    Then leave gloo's threads a moment. They need the interpreter's lock to let go of finished work that a
+    backward pass has started (FSDP's), and abort the process if they get it no more.
+    """
+    while _under_way:
+        with contextlib.suppress(RuntimeError):  # another rank is gone or stuck: so be it
+            _under_way.pop().wait(_PATIENCE)
+    time.sleep(0.02)
 
 
 def describe(

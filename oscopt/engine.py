@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ class Engine:
         counted = self.ranks.counted if self.ranks is not None else [True] * len(params)
         self._recorder = recorder
         self._states = states
-        self._known_states = len(states)
+        self._known_states = list(states.values())
         self.slots = []
         for i, p in enumerate(params):
             local, home = bare(p), index[layers[i]]
@@ -161,9 +161,8 @@ class Engine:
         """The previous gradients, as tensors like `param`."""
         self._version = [0] * len(self.slots)
         """Their versions when they were kept."""
-        for i, slot in enumerate(self.slots):
-            if slot.state is not None:
-                self._take_up(i, slot)
+        unfit = [slot for i, slot in enumerate(self.slots) if not self._take_up(i, slot)]
+        self._forget({slot.home for slot in unfit})
         self._kept = [
             i for i, slot in enumerate(self.slots) if self._prev[i] is not None or slot.sample is not None
         ]
@@ -182,9 +181,11 @@ class Engine:
 
     def stale(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether a new engine is needed: a parameter has moved (to another device, dtype, layout), or its
-        state has been taken away.
+        state has been taken away or replaced.
         """
-        if states is not self._states or len(states) != self._known_states:
+        if states is not self._states or len(states) != len(self._known_states):
+            return True
+        if not all(map(is_, states.values(), self._known_states)):
             return True
         params = self.params if self._plain else list(map(bare, self.params))
         return (
@@ -192,19 +193,37 @@ class Engine:
         )
 
     def drop_spoiled(self) -> None:
-        """Forget previous gradients that have been written to: whoever goes on from them cannot tell."""
+        """Forget previous gradients that have been written to, or whose state has been taken away: whoever
+        goes on from the states cannot tell.
+        """
+        layers = set()
         for i, slot in enumerate(self.slots):
-            prev = self._prev[i]
+            prev, state = self._prev[i], self._states.get(slot.outer, {})
             if prev is not None and not slot.copied and prev._version != self._version[i]:
-                self._prev, self._by_reference = list(self._prev), False
-                self._prev[i] = None
-                self.state(slot).pop(PREVIOUS, None)
+                layers.add(slot.home)
+            elif slot.state is not None and slot.state is not state:
+                if not state.keys() >= slot.state.keys() & {PREVIOUS, SAMPLE}:
+                    layers.add(slot.home)
+        self._forget(layers)
+
+    def _forget(self, layers: set[int]) -> None:
+        """Forget the previous gradients of `layers`: each as a whole, as a part of it would make a wrong pair
+        with the next gradients if those are of the same part.
+        """
+        if not layers:
+            return
+        self._prev, self._by_reference = list(self._prev), False
+        for i, slot in enumerate(self.slots):
+            if slot.home in layers and slot.state is not None:
+                self._prev[i] = slot.sample = None
+                slot.state.pop(PREVIOUS, None)
+                slot.state.pop(SAMPLE, None)
 
     def state(self, slot: Slot) -> dict[str, Any]:
         """The state of its parameter, to be written."""
         if slot.state is None:
             slot.state = self._states[slot.outer]
-            self._known_states = len(self._states)
+            self._known_states.append(slot.state)
         return slot.state
 
     def correlation(self) -> Tensor:
@@ -581,12 +600,17 @@ class Engine:
             ]
         return self._plans[key]
 
-    def _take_up(self, i: int, slot: Slot) -> None:
+    def _take_up(self, i: int, slot: Slot) -> bool:
         """Go on with what an optimizer's state holds of a parameter; forget what was kept in another mode.
 
+        Returns:
+            False: it holds a sample that does not fit any more.
+
         Raises:
-            ValueError: it does not fit the parameter.
+            ValueError: it holds something else that does not fit the parameter.
         """
+        if slot.state is None:
+            return True
         state = slot.state
         sample = state.get(SAMPLE)
         fits = self._drawn is not None and sample is not None
@@ -616,6 +640,7 @@ class Engine:
             self._prev[i] = bare(state[PREVIOUS])
         slot.copied = slot.copied or state.get(COPIED, False)
         slot.sample = state.get(SAMPLE)
+        return slot.sample is sample
 
     def _sample_layout(self, i: int) -> list[int]:
         """What decides which elements of a gradient the drawn blocks are."""

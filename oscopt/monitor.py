@@ -213,6 +213,7 @@ class OscMonitor:
         engine = self._engines[what]
         if not engine.stale(self._states[what]):
             return False
+        engine.drop_spoiled()
         self._engines[what] = self._new_engine(what)
         self._engines[what].windows = engine.windows
         self._buffers = []

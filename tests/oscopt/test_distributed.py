@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import os
+import time
 
 import numpy as np
 import pytest
@@ -10,11 +13,12 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -436,3 +440,25 @@ class _Bound:
 @pytest.mark.parametrize("world, case", CASES, ids=lambda v: getattr(v, "__name__", v))
 def test_over_ranks(reports, world, case):
     assert not reports[world, case.__name__]
+
+
+def _one_leaves_early(rank: int, folder: str) -> None:
+    if rank == 0:
+        atexit.register(os._exit, 0)  # registered first, called last: it is gone at once
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+    optimizer = OscGD([("p", p)], lr=LR, backend="torch")
+    for t in range(2):
+        p.grad = distribute_tensor(torch.ones(8), mesh, [Shard(0)])
+        if rank == 1 and t == 1:
+            time.sleep(0.5)
+        optimizer.step()
+    if rank == 1:
+        np.testing.assert_allclose(optimizer.history.global_correlation(), [np.nan, 1.0])
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_that_leaves_early_still_gives_its_sums(tmp_path):
+    """Its last reduction may still be under way as its interpreter ends."""
+    mp.spawn(_one_leaves_early, (str(tmp_path),), nprocs=2)

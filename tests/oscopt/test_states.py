@@ -10,7 +10,7 @@ import torch
 from helpers import BACKENDS, DEVICE
 from torch import nn
 
-from oscopt import OscGD
+from oscopt import OscGD, OscMonitor
 from oscopt.adapt import CosineStep, SecantStep
 
 
@@ -91,6 +91,17 @@ def test_a_gradient_that_was_written_to_is_not_saved():
     assert restored.correlation.isnan().all()
 
 
+def test_nor_is_it_kept_by_a_monitor_when_the_model_moves():
+    p = parameter((8, 16))
+    optimizer = torch.optim.SGD([p], lr=0.01)
+    monitor = OscMonitor(optimizer, [("p", p)])
+    step(optimizer, (p, gradient((8, 16))))
+    p.grad.mul_(-1)
+    p.data = p.data.t().contiguous().t()
+    step(optimizer, (p, gradient((8, 16)).t().contiguous().t()))
+    assert monitor.correlation.isnan().all()
+
+
 def test_nor_is_it_kept_when_parameters_are_added():
     p, q = parameter(), parameter()
     optimizer = OscGD([("a.x", p)], lr=0.01)
@@ -99,6 +110,28 @@ def test_nor_is_it_kept_when_parameters_are_added():
     optimizer.add_param_group({"params": [("b.x", q)]})
     step(optimizer, (p, gradient()), (q, gradient()))
     assert optimizer.correlation.isnan().all()
+
+
+@pytest.mark.parametrize("sample", [1.0, 0.5])
+@pytest.mark.parametrize("change", ["layout", "written to", "state"])
+def test_a_part_of_a_layer_is_never_paired_with_the_whole(sample, change):
+    """A parameter loses its previous gradient, and has no gradient in the next step either."""
+    p, q = parameter((8, 16)), parameter((8, 16))
+    optimizer = OscGD([("a.p", p), ("a.q", q)], lr=0.01, sample=sample)
+    step(optimizer, (p, gradient((8, 16))), (q, gradient((8, 16))))
+    if change == "layout":
+        p.data = p.data.t().contiguous().t()
+    elif change == "written to":
+        p.grad.zero_()
+        state = optimizer.state_dict()
+        optimizer = OscGD([("a.p", p), ("a.q", q)], lr=0.01, sample=sample)
+        optimizer.load_state_dict(state)
+    else:
+        del optimizer.state[p]
+    step(optimizer, (p, None), (q, gradient((8, 16))))
+    assert optimizer.correlation.isnan().all()
+    step(optimizer, (p, None), (q, gradient((8, 16))))
+    assert optimizer.correlation == pytest.approx(1.0)
 
 
 def test_one_parameters_state_taken_away():
@@ -111,6 +144,25 @@ def test_one_parameters_state_taken_away():
         step(optimizer, (p, gradient()), (q, gradient()))
         results.append((p.detach(), sorted(optimizer.state_dict()["state"])))
     assert torch.allclose(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize("replace", [lambda state: {}, dict], ids=["nothing", "a copy"])
+def test_one_parameters_state_replaced(replace):
+    """As SGD goes on; the new state is the one that is written to."""
+    results = []
+    for kind in (OscGD, torch.optim.SGD):
+        p, q = parameter(), parameter()
+        optimizer = kind([p, q], lr=0.1, momentum=0.9)
+        for _ in range(2):
+            step(optimizer, (p, gradient()), (q, gradient()))
+        optimizer.state[p] = replace(optimizer.state[p])
+        step(optimizer, (p, gradient(seed=2)), (q, gradient(seed=2)))
+        results.append((p.detach(), q.detach(), optimizer.state[p]["momentum_buffer"]))
+        if kind is OscGD:
+            assert optimizer.state[p]["prev_grad"] is p.grad
+            assert optimizer.correlation.isnan().tolist() == [replace is not dict, False]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_windows_outlive_added_parameters_and_compare_the_same_ones():

@@ -44,5 +44,6 @@ def _work(rank: int, world: int, folder: str, functions, arguments) -> None:
             Path(f"{folder}/{function.__name__}-{rank}.failed").write_text(traceback.format_exc())
         if dist.is_initialized():
             dist.destroy_process_group()
-    # Taken down by the interpreter, gloo's threads now and then abort the process (seen with torch 2.14).
+    # FSDP's last reduction may leave a gloo thread waiting for the interpreter's lock. An interpreter that
+    # ends kills the thread, and that aborts the process (torch 2.14, with any optimizer).
     os._exit(0)

@@ -427,7 +427,7 @@ class Batch:
             self._tables[key] = _parts(on_device)
         while len(self._spares) < _SPARES:
             spare = torch.empty(table.shape, dtype=torch.int64, pin_memory=self._device.type != "cpu")
-            self._spares.append((spare, spare.to(self._device)))
+            self._spares.append((spare, torch.empty_like(spare, device=self._device)))
         return self._tables[key]
 
     def _upload(self, array: np.ndarray) -> Tensor:

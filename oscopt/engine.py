@@ -156,6 +156,7 @@ class Engine:
         self.fits = True
         """Whether the last gradients lay where the parameters lie, and in their order."""
         self._last_row: Tensor | None = None
+        self._measured = 0  # steps, by this engine
         self._plans: dict[tuple, list[tuple[list[int] | None, kernels.Plan]]] = {}
         self._prev: list[Tensor | None] = [None] * len(self.slots)
         """The previous gradients, as tensors like `param`."""
@@ -359,10 +360,14 @@ class Engine:
         present = [i for i, g in enumerate(grads) if g is not None]
         kept = {i: self._prev[i] if self._drawn is None else self.slots[i].sample for i in present}
         dtypes = {i: None if value is None else value.dtype for i, value in kept.items()}
-        if self.untouched or any(dtypes[i] != grads[i].dtype for i in present if self.slots[i].layer >= 0):
+        lacking = any(dtypes[i] != grads[i].dtype for i in present if self.slots[i].layer >= 0)
+        if (
+            lacking or self._kept != present or self._measured < 2
+        ):  # the second step is the first that compiles the same kernels
             raise RuntimeError(
-                "a parameter has no previous gradient yet, and what a graph captures is the same in every "
-                "replay; take 3 steps with gradients of the same parameters before capturing"
+                "there is no previous gradient of a parameter yet, or no compiled kernel, and what a graph "
+                "captures is the same in every replay; take 3 steps with gradients of the same parameters "
+                "before capturing"
             )
         if self._adapter is not None and self._adapter.warming_up:
             raise RuntimeError(
@@ -416,6 +421,7 @@ class Engine:
                 for part in (sums[0], sums[2], sums[3], *sums[4:]):
                     part[slice(None) if everything else lost] = torch.nan
             self._last_row = row
+            self._measured += 1
             if adapter is not None:
                 row[5:].copy_(torch.stack([adapter.scale, adapter.used]))
             if self._recorder is None:

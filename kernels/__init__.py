@@ -77,6 +77,9 @@ class BatchProtocol(Protocol):
         `scale_of`: the layer whose scale each follows, where that is not `layer_of`; -1: none.
         """
 
+    def prepare_capture(self) -> None:
+        """Make what a step needs to be captured in a CUDA graph and cannot make then."""
+
     def step(
         self,
         grads: Sequence[Tensor],
@@ -204,6 +207,11 @@ class Plan:
             )
             for (module, _), index in groups.items()
         ]
+
+    def prepare_capture(self) -> None:
+        """Make ready for a step that is captured in a CUDA graph."""
+        for _, batch in self._batches:
+            batch.prepare_capture()
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         """Do one step of all parameters; the arguments are :meth:`BatchProtocol.step`'s."""

@@ -84,6 +84,9 @@ class Batch:
         self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NO_ADDRESSES)
         self._hyper: tuple[object, np.ndarray] = (None, np.zeros((1, 6)))
 
+    def prepare_capture(self) -> None:
+        """Nothing is needed."""
+
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         if self._rows[0] != rows:
             self._rows = (list(rows), np.array(rows, np.int64))

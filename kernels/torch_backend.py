@@ -64,6 +64,9 @@ class Batch:
             self._measures = [partial(_sample, *each, signs) for each in zip(drawn, numbers, strict=True)]
         self._drawn = drawn
 
+    def prepare_capture(self) -> None:
+        """Nothing is needed."""
+
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         if prevs is not None:
             out.zero_()

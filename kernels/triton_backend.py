@@ -341,9 +341,16 @@ class Batch:
         self._partials = torch.empty((len(tensor), self._sums), dtype=torch.float64, device=self._device)
         self._tables: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._spares: list[tuple[Tensor, Tensor]] = []  # on the host and on the device
-        self._captured: list[tuple[Tensor, Tensor]] = []  # those that graphs read
+        self._captured: list[Tensor] = []  # what graphs read
         self._rows: tuple[Sequence[int] | None, Tensor | None] = (None, None)
         self._hyper: tuple[object, Tensor | None] = (None, None)
+
+    def prepare_capture(self) -> None:
+        """Tables, which are in pinned memory: none can be had later."""
+        while len(self._spares) < _SPARES:
+            shape, pin = (5, len(self._params)), self._device.type != "cpu"
+            spare = torch.empty(shape, dtype=torch.int64, pin_memory=pin)
+            self._spares.append((spare, torch.empty_like(spare, device=self._device)))
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         measure = prevs is not None
@@ -355,6 +362,8 @@ class Batch:
                     self._rows = (list(rows), self._upload(np.array(rows, np.int32)))
                 if self._hyper[0] is not hyper:
                     self._hyper = (hyper, self._upload(np.array(hyper, np.float64)))
+                if capturing(self._device):
+                    self._captured += [self._rows[1], self._hyper[1]]
             chosen = constants(
                 self._dtype,
                 update=hyper is not None,
@@ -425,9 +434,6 @@ class Batch:
                 self._tables.popitem(last=False)
             on_device = self._upload(table)
             self._tables[key] = _parts(on_device)
-        while len(self._spares) < _SPARES:
-            spare = torch.empty(table.shape, dtype=torch.int64, pin_memory=self._device.type != "cpu")
-            self._spares.append((spare, torch.empty_like(spare, device=self._device)))
         return self._tables[key]
 
     def _upload(self, array: np.ndarray) -> Tensor:
@@ -446,10 +452,10 @@ class Batch:
         """A table that a graph uploads at every replay from memory that nobody writes to any more."""
         if not self._spares:
             raise RuntimeError(
-                f"{len(self._captured)} captures have used up the tables made ahead; take a step outside"
+                "the tables made ahead for captures are used up; take a step that is not captured"
             )
         host, on_device = self._spares.pop()
-        self._captured.append((host, on_device))
+        self._captured += [host, on_device]
         host.numpy()[:] = table
         return on_device.copy_(host, non_blocking=True)
 

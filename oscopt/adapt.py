@@ -374,7 +374,8 @@ class Adapter:
     def _put_back(self) -> None:
         """Keep the policy's own state where it was."""
         own = getattr(self.policy, "state", {})
-        for key, value in own.items():
+        # It may hold the scales themselves, a row of sums, or one value under two names.
+        for key, value in {key: value.clone() for key, value in own.items()}.items():
             own[key] = self._own.setdefault(key, value)
             if own[key] is not value:
                 own[key].copy_(value)

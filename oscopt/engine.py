@@ -150,13 +150,13 @@ class Engine:
             ]
         self.history = history
         history.add_layers(self.layer_names)
+        history.follow(None if recorder is None else recorder.collect)
         self._record = history if recorder is None else recorder
         self.device = next(iter(devices), torch.device("cpu"))
         """Where the record gathers: the device of the first parameter."""
         self.fits = True
         """Whether the last gradients lay where the parameters lie, and in their order."""
         self._last_row: Tensor | None = None
-        self._measured = 0  # steps, by this engine
         self._plans: dict[tuple, list[tuple[list[int] | None, kernels.Plan]]] = {}
         self._prev: list[Tensor | None] = [None] * len(self.slots)
         """The previous gradients, as tensors like `param`."""
@@ -167,6 +167,9 @@ class Engine:
         self._kept = [
             i for i, slot in enumerate(self.slots) if self._prev[i] is not None or slot.sample is not None
         ]
+        if recorder is not None:
+            recorder.forget(sorted(set(self._everyone).difference(self._kept)))
+        self._masks: dict[tuple[int, ...], Tensor] = {}
         self._by_reference = False
         """Whether all previous gradients are those of the last step themselves."""
         self._state_dicts: list[dict[str, Any]] = []
@@ -197,6 +200,11 @@ class Engine:
         """Forget previous gradients that have been written to, or whose state has been taken away: whoever
         goes on from the states cannot tell.
         """
+        if self._recorder is not None:
+            for i in self._recorder.unknown():  # graphs write to what is kept of them: it stays
+                for kept in (self._prev[i], self.slots[i].sample):
+                    if kept is not None:
+                        kept.fill_(torch.nan)
         layers = set()
         for i, slot in enumerate(self.slots):
             prev, state = self._prev[i], self._states.get(slot.outer, {})
@@ -286,6 +294,7 @@ class Engine:
         """Hold no gradient any more."""
         for slot in self.slots:
             slot.sample = slot.state = None
+        self._state_dicts, self._known_states = [], []
         self._prev, self._by_reference = [None] * len(self.slots), False
         self._kept, self.windows = [], []
 
@@ -361,13 +370,10 @@ class Engine:
         kept = {i: self._prev[i] if self._drawn is None else self.slots[i].sample for i in present}
         dtypes = {i: None if value is None else value.dtype for i, value in kept.items()}
         lacking = any(dtypes[i] != grads[i].dtype for i in present if self.slots[i].layer >= 0)
-        if (
-            lacking or self._kept != present or self._measured < 2
-        ):  # the second step is the first that compiles the same kernels
+        if self.untouched or lacking or self._kept != present:
             raise RuntimeError(
-                "there is no previous gradient of a parameter yet, or no compiled kernel, and what a graph "
-                "captures is the same in every replay; take 3 steps with gradients of the same parameters "
-                "before capturing"
+                "the last step was none with gradients of the same parameters, and what a graph captures is "
+                "the same in every replay; take 3 such steps before capturing"
             )
         if self._adapter is not None and self._adapter.warming_up:
             raise RuntimeError(
@@ -376,6 +382,19 @@ class Engine:
             )
         if self.windows:
             raise RuntimeError("a window is open, which a graph cannot fill; capture after it is complete")
+
+    def in_use(self) -> tuple:
+        """What a captured step reads and writes: graphs do not keep it alive."""
+        samples = [slot.sample for slot in self.slots]
+        plans, masks = list(self._plans.values()), list(self._masks.values())
+        return plans, masks, list(self._prev), samples, self._adapter, self._recorder
+
+    def begin(self, grads: Sequence[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
+        """Keep gradients that no step was made of."""
+        present = [i for i, g in enumerate(grads) if g is not None]
+        if self._recorder is not None:
+            self._changed(grads, present)
+        self.keep(grads, wholes, present, copied=False)
 
     def step(
         self,
@@ -401,6 +420,7 @@ class Engine:
         measured = (step + 1) % self._every == 0
         keep = (step + 2) % self._every == 0
         prevs, copies, lost, sums = None, None, [], None
+        changed = self._changed(grads, present) if self._recorder is not None else None
         row = self._record.next_row(self.device) if measured else None
         if self._drawn is not None and (measured or keep):
             prevs, lost = self._kept_samples(grads, present)
@@ -409,6 +429,9 @@ class Engine:
             prevs, copies, lost = self._pairs(grads, wholes, present)
             sums = row[:4]  # zeros until now
         adapter, plans = self._adapter, self._plan(present, grads, regular)
+        if self._recorder is not None and not kernels.capturing(self.device):
+            for _, plan in plans:
+                plan.prepare_capture()
         if adapter is not None:
             self.history.settle()  # the scales are to be known now
         twice = adapter is not None and adapter.lag == 0 and row is not None
@@ -420,8 +443,10 @@ class Engine:
                 everything = len(lost) == len(self.layer_names)  # as at the start: no index to upload
                 for part in (sums[0], sums[2], sums[3], *sums[4:]):
                     part[slice(None) if everything else lost] = torch.nan
+            if changed is not None:
+                sums[:1].masked_fill_(changed, torch.nan)
+                sums[2:].masked_fill_(changed, torch.nan)
             self._last_row = row
-            self._measured += 1
             if adapter is not None:
                 row[5:].copy_(torch.stack([adapter.scale, adapter.used]))
             if self._recorder is None:
@@ -435,9 +460,37 @@ class Engine:
         if adapter is not None:
             adapter.used = adapter.scale if row is None else row[5]
         for window in tuple(self.windows):
-            window.add(present, [self.slots[i].layer for i in present], [grads[i] for i in present])
+            number = step if self._recorder is None else self._recorder.count()
+            window.add(number, present, [self.slots[i].layer for i in present], [grads[i] for i in present])
         if self._drawn is None:
             self.keep(grads, wholes, present if keep else [], copied=measured)
+
+    def _changed(self, grads: Sequence[Tensor | None], present: list[int]) -> Tensor:
+        """With a recorder: the layers that have no valid pair, bool, (L,). Makes room for what is kept."""
+        missing = []
+        for i in present:
+            slot, g = self.slots[i], grads[i]
+            if self._drawn is None:
+                kept, wanted = self._prev[i], slot.home >= 0
+            else:
+                kept, wanted = slot.sample, slot.layer >= 0
+            if not wanted or (kept is not None and kept.dtype == g.dtype):
+                continue
+            missing.append(i)
+            if self._drawn is None:
+                self._make_copy(i, g.dtype)
+            else:
+                self._make_sample(i, g)
+        if missing:
+            self._recorder.forget(missing)
+        key = tuple(present)
+        mask = self._masks.pop(key, None)
+        if mask is None:
+            mask = self._recorder.mask(present)
+            if len(self._masks) == _PLANS:
+                self._masks.pop(next(iter(self._masks)))
+        self._masks[key] = mask
+        return self._recorder.changed(mask)
 
     def _run(self, plans, values, hyper, sums: Tensor | None) -> None:
         """One call of each device's plan; `values` are grads, prevs, bufs, copies, rows."""
@@ -480,7 +533,7 @@ class Engine:
     def _kept_samples(self, grads, present) -> tuple[list, list[int]]:
         """The kept blocks of the previous gradients, and the layers that have no valid pair."""
         lost: set[int] = set()
-        if self._kept != present:
+        if self._kept != present and self._recorder is None:
             changed = set(self._kept).symmetric_difference(present)
             lost.update(self.slots[i].layer for i in changed)
             for i in changed.difference(present):
@@ -494,14 +547,19 @@ class Engine:
                 continue
             if slot.sample is None or slot.sample.dtype != grads[i].dtype:
                 lost.add(slot.layer)
-                slot.sample = grads[i].new_zeros(self._drawn[i].kept_size)
-                # What was drawn of a piece fits no other number of ranks: not for checkpoints.
-                if not is_dtensor(slot.outer):
-                    state = self.state(slot)
-                    state[SAMPLE], state[SAMPLE_LAYOUT] = slot.sample, self._sample_layout(i)
+                self._make_sample(i, grads[i])
             kept[i] = slot.sample
         self._kept = present
         return kept, sorted(lost - {-1})
+
+    def _make_sample(self, i: int, grad: Tensor) -> None:
+        """Room for the drawn blocks of a parameter's gradients."""
+        slot = self.slots[i]
+        slot.sample = grad.new_zeros(self._drawn[i].kept_size)
+        # What was drawn of a piece fits no other number of ranks: not for checkpoints.
+        if not is_dtensor(slot.outer):
+            state = self.state(slot)
+            state[SAMPLE], state[SAMPLE_LAYOUT] = slot.sample, self._sample_layout(i)
 
     def _pairs(self, grads, wholes, present) -> tuple[list, list[bool] | None, Sequence[int]]:
         """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
@@ -529,18 +587,26 @@ class Engine:
                 self._copy(i, wholes[i])
             else:
                 prevs[i] = prev
-        if self._kept != present:
+        if self._kept != present and self._recorder is None:
             lost.update(self.slots[i].layer for i in set(self._kept).symmetric_difference(present))
         return prevs, copies, sorted(lost - {-1})
 
     def _copy(self, i: int, whole: Tensor) -> None:
         """Keep a copy of a gradient, from now on."""
+        self._make_copy(i, whole.dtype)
+        state = self.state(self.slots[i])
+        state[PREVIOUS].copy_(whole.detach())
+        state[COPIED] = True
+
+    def _make_copy(self, i: int, dtype: torch.dtype) -> None:
+        """Room for a copy of a parameter's gradients."""
         slot = self.slots[i]
         state = self.state(slot)
-        state[PREVIOUS] = torch.empty_like(slot.outer, dtype=whole.dtype).copy_(whole.detach())
+        state[PREVIOUS] = torch.zeros_like(slot.outer, dtype=dtype)
+        if self._recorder is not None:
+            self._recorder.copies[i] = state[PREVIOUS]
         self._prev[i] = bare(state[PREVIOUS])
-        slot.copied = state[COPIED] = True
-        self._by_reference = False
+        slot.copied, self._by_reference = True, False
 
     def keep(self, grads, wholes, kept: list[int], copied: bool) -> None:
         """Keep the gradients of the slots `kept` for the next step, and no others.
@@ -548,6 +614,12 @@ class Engine:
         `copied`: the kernel has overwritten the copies already.
         """
         if self._drawn is not None:
+            return
+        if self._recorder is not None:
+            for i in kept:
+                if self.slots[i].home >= 0 and (not copied or self.slots[i].layer < 0):
+                    self._prev[i].copy_(grads[i])
+            self._kept = kept
             return
         if kept != self._kept:
             for i in set(self._kept).difference(kept):
@@ -641,8 +713,8 @@ class Engine:
         if state.get(PREVIOUS) is not None:
             self._prev[i] = bare(state[PREVIOUS])
             self._version[i] = self._prev[i]._version
-        if self._recorder is not None and self._prev[i] is not None and not state.get(COPIED, False):
-            state[PREVIOUS], state[COPIED] = state[PREVIOUS].clone(), True
+        if self._recorder is not None and self._prev[i] is not None:
+            state[PREVIOUS] = self._recorder.own(i, state[PREVIOUS])
             self._prev[i] = bare(state[PREVIOUS])
         slot.copied = slot.copied or state.get(COPIED, False)
         slot.sample = state.get(SAMPLE)

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +133,14 @@ class History:
         self._rates.append((lr, prev_lr))
         self._settle_last = settle
 
-    def follow(self, source: Callable[[], None]) -> None:
+    def follow(self, source: Callable[[], None] | None) -> None:
         """From now on call `source` before the record is read: it may have more, for :meth:`extend`."""
         self.pull()
         self._source = source
+
+    def follows(self, source: Callable[[], None]) -> bool:
+        """Whether :meth:`follow` was last called with it."""
+        return self._source == source
 
     def pull(self) -> None:
         """Take what :meth:`follow` has brought up."""
@@ -154,15 +159,12 @@ class History:
             sums: their :data:`RECORDED`, float64, (T, 7, L).
             lr, prev_lr: as in :meth:`commit`, (T, L).
         """
-        self._close_block()
-        self._absorb()
-        for first in range(0, len(steps), _BLOCK):
-            part = slice(first, first + _BLOCK)
-            ordinals = np.arange(self._count, self._count + len(steps[part]))
-            rates = {"lr": _compact(lr[part]), "prev_lr": _compact(prev_lr[part])}
-            self._arriving = _Block(steps[part], ordinals, sums[part], rates)
-            self._count += len(ordinals)
-            self._absorb()
+        last = (np.zeros(0), np.zeros(0))
+        for step, row, *rates in zip(steps.tolist(), torch.from_numpy(sums), lr, prev_lr, strict=True):
+            self.next_row(torch.device("cpu")).copy_(row)
+            if not all(map(partial(np.array_equal, equal_nan=True), rates, last)):
+                last = tuple(rates)  # a record keeps what is the same array once
+            self.commit(step, *last)
 
     def cut(self, step: int) -> None:
         """Forget the steps from number `step` on: the run goes back to where it was before that step."""
@@ -649,12 +651,6 @@ class _Block:
         return (
             self if stride == self.stride else replace(self.where(self.ordinals % stride == 0), stride=stride)
         )
-
-
-def _compact(rates: np.ndarray) -> np.ndarray:
-    """The same, in one row of memory if all rows are equal."""
-    constant = np.array_equal(rates, np.broadcast_to(rates[:1], rates.shape), equal_nan=True)
-    return np.broadcast_to(rates[0].copy(), rates.shape) if constant else rates
 
 
 def _joined(blocks: Sequence[_Block], width: int) -> _Block:

@@ -85,6 +85,7 @@ class OscMonitor:
             "backend": backend,
         }
         given = {"grad": history, "update": update_history}
+        self._optimizer = optimizer
         self._histories = {w: History() if given[w] is None else given[w] for w in self.what}
         self._states: dict[str, dict[Tensor, dict[str, Any]]] = {w: defaultdict(dict) for w in self.what}
         self._ranks: Ranks | None = None
@@ -92,11 +93,11 @@ class OscMonitor:
         self._prev_lr = (math.nan,) * len(optimizer.param_groups)
         self._capturable = capturable
         self._recorders: dict[str, Recorder] = {}
+        self._captured: list[Any] = []  # what graphs use
         self._engines = {w: self._new_engine(w) for w in self.what}
         self._late = False
         self._before: list[Tensor] | None = None  # the parameters before this step
         self._buffers: list[list[Tensor]] = []  # copies of the parameters, in turn
-        self._optimizer = optimizer
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -236,6 +237,8 @@ class OscMonitor:
             engine.history.cut(self._step)  # a step that failed halfway has left its row
             lr = self._lr()
         engine.step(self._step, grads, wholes, None, rows, None, lr, self._prev_lr)
+        if capturing(engine.device):
+            self._captured.append((engine.in_use(), self._buffers))
 
     def _lr(self) -> tuple[float, ...]:
         rates = (group.get("lr", math.nan) for group in self._optimizer.param_groups)
@@ -250,8 +253,10 @@ class OscMonitor:
             device = one_device(self._options["params"])
             known = self._recorders.get(what)
             if known is None or not known.fits(layers, groups, device):
+                missing = len(self._optimizer.param_groups) - len(self._prev_lr)
+                rates = self._prev_lr + (math.nan,) * missing
                 self._recorders[what] = Recorder(
-                    layers, groups, device, self._histories[what], self._step, self._prev_lr
+                    layers, groups, device, self._histories[what], self._step, rates
                 )
         engine = Engine(
             states=self._states[what],

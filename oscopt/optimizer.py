@@ -54,7 +54,7 @@ class OscGD(Optimizer):
         capturable: steps can be captured in a CUDA graph and replayed (docs/guide.md); a learning rate that
             is a tensor on the parameters' device may change between replays. The previous gradient is copied
             then, and the device counts the steps and keeps those that `history` has not taken, which it does
-            when it is read: at least the last 1,024.
+            when it is read: at least the last 256.
         differentiable: the update is made of torch's own operations, which autograd records.
         layers: which parameters make up a layer. "module": those that one module owns directly, named by its
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
@@ -145,6 +145,7 @@ class OscGD(Optimizer):
         self._adapter: Adapter | None = None
         self._capturable = capturable
         self._recorder: Recorder | None = None
+        self._captured: list[Any] = []  # what graphs use
         self._history = History() if history is None else history
         self._engine: Engine | None = None
         self._windows: list[Window] = []
@@ -183,13 +184,13 @@ class OscGD(Optimizer):
         if self._adapter is None:
             return torch.ones(len(engine.layer_names), dtype=torch.float64, device=engine.device)
         self._history.settle()
-        return self._adapter.scale
+        return self._adapter.scale.clone()
 
     @property
     def rejected_scales(self) -> Tensor:
         """How many scales of the policy were negative or not finite, and so not used: int64, 0-dim."""
         self._ensure_engine()
-        return torch.zeros((), dtype=torch.int64) if self._adapter is None else self._adapter.rejected
+        return torch.zeros((), dtype=torch.int64) if self._adapter is None else self._adapter.rejected.clone()
 
     @property
     def history(self) -> History:
@@ -292,11 +293,13 @@ class OscGD(Optimizer):
             self._recorder.set_rates(rates)
         if step == 0 and engine.untouched and not any(map(_may_move, rates)) and _all_zero(grads):
             # torch.distributed.checkpoint has an optimizer make its state by such a step. It is none.
-            engine.keep(grads, wholes, [i for i, g in enumerate(grads) if g is not None], copied=False)
+            engine.begin(grads, wholes)
             return
         before = tuple(group["prev_lr"] for group in self.param_groups)
         update = None if differentiable else self._hyper
         engine.step(step, grads, wholes, bufs, rows, update, rates, before)
+        if capturing(engine.device):
+            self._captured.append((engine.in_use(), bufs))
         if differentiable:
             self._update_differentiably()
         else:
@@ -322,6 +325,15 @@ class OscGD(Optimizer):
                     f"put it on {engine.device}"
                 )
         engine.check_capture(grads)
+        for slot, g in zip(engine.slots, grads, strict=True):
+            if g is None or not self.param_groups[slot.group]["momentum"]:
+                continue
+            buf = (slot.state or {}).get("momentum_buffer")
+            if buf is None or buf.dtype != slot.outer.dtype or buf.stride() != slot.outer.stride():
+                raise RuntimeError(
+                    f"parameter {slot.name!r} has no momentum buffer yet, and every replay would begin a new "
+                    "one; take 3 steps with momentum before capturing"
+                )
 
     def _update_differentiably(self) -> None:
         """By torch's own operations, which autograd records."""
@@ -434,6 +446,8 @@ class OscGD(Optimizer):
             self._step_supports_amp_scaling = True
         self._engine, self._ranks, self._hyper = None, getattr(self, "_ranks", None), ()
         self._adapter, self._recorder, self._windows = None, None, []
+        self._captured = getattr(self, "_captured", [])
+        self._capturable = getattr(self, "_capturable", False)  # it came later
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-2]}\nbackend: {self.backend}, {len(self.layer_names)} layers\n)"

@@ -13,10 +13,10 @@ from torch import Tensor
 from .history import RECORDED, History
 from .kernels import capturing
 
-LEAST = 1024
-"""Steps that are held at least until the history takes them."""
+LEAST, MOST = 256, 16_384
+"""Steps that are held, at least and at most, until the history takes them."""
 
-_BYTES = 16 << 20  # that steps may take on the device, if these hold more than LEAST
+_BYTES = 32 << 20  # that they may take on the device, if LEAST take less
 
 
 def one_device(params: Sequence[Tensor]) -> torch.device:
@@ -37,7 +37,8 @@ class Recorder:
     """Counts the steps, reads the learning rates and keeps the record, all by operations on the device.
 
     They can be captured in a CUDA graph: no waiting, nothing from the host, always the same memory. Every
-    step writes a row into a ring, from which the history takes what is new when somebody reads it.
+    step writes a row into a ring, from which the history takes what is new when somebody reads it. What the
+    host cannot know in a replay, which parameters had gradients in the step before, is kept here as well.
 
     Args:
         layers: the name of each parameter's layer, None: it has none.
@@ -49,6 +50,7 @@ class Recorder:
 
     Attributes:
         entries: for every parameter its place in :meth:`factors`.
+        copies: of the last gradients, by number of the parameter: graphs write to them.
     """
 
     def __init__(
@@ -66,15 +68,19 @@ class Recorder:
         homes = [-1 if layer is None else names.index(layer) for layer in layers]
         pairs = list(zip(homes, groups, strict=True))
         distinct = list(dict.fromkeys(pairs))
+        members: list[list[int]] = [[] for _ in names]
+        for i, home in enumerate(homes):
+            if home >= 0:
+                members[home].append(i)
+        self._members = _columns(members, len(layers)).to(device)  # of layers; behind the last: nobody
+        self._known = torch.tensor([True] * len(layers) + [False]).to(device)
         self.entries = [distinct.index(pair) for pair in pairs]
         of_layer: list[list[int]] = [[] for _ in range(num_layers)]
         for home, group in distinct:
             if home >= 0:
                 of_layer[home].append(group)
-        most = max(map(len, of_layer), default=1)
-        padded = [members + members[:1] * (most - len(members)) for members in of_layer]
         options = {"dtype": torch.float64, "device": device}
-        self._layer_groups = torch.tensor(padded, dtype=torch.int64).to(device).reshape(num_layers, most).T
+        self._layer_groups = _columns(of_layer).to(device)
         self._entry_group = torch.tensor([group for _, group in distinct]).to(device)
         last = num_layers  # of the scales with a 1 behind them
         self._entry_layer = torch.tensor([home if home >= 0 else last for home, _ in distinct]).to(device)
@@ -85,12 +91,12 @@ class Recorder:
         rows = len(RECORDED) + 2
         self._row = torch.zeros((rows, num_layers), **options)
         self._row[RECORDED.index("step_scale") :] = 1.0
-        steps = max(LEAST, _BYTES // (8 * rows * max(num_layers, 1)))
+        steps = max(LEAST, min(_BYTES // (8 * rows * max(num_layers, 1)), MOST))
         self._ring = torch.zeros((steps, *self._row.shape), **options)
         self._history = history
         self._taken = step  # steps that the history has
+        self.copies: dict[int, Tensor] = {}
         self._waiting = 0  # steps since, as far as the host knows
-        history.follow(self.collect)
 
     def fits(self, layers: Sequence[str | None], groups: Sequence[int], device: torch.device) -> bool:
         """Whether it is one for these."""
@@ -98,11 +104,38 @@ class Recorder:
 
     def set_rates(self, rates: Sequence[float | Tensor]) -> None:
         """The learning rates of this step, one a group; captured, a number stays what it is now."""
-        for place, rate in zip(self._rates, rates, strict=True):
-            if isinstance(rate, Tensor):
+        for place, rate in zip(
+            self._rates, rates, strict=False
+        ):  # later groups are none of these parameters'
+            if isinstance(rate, Tensor) and rate.device == place.device:
                 place.copy_(rate.detach().reshape(()))
             else:
-                place.fill_(rate)
+                place.fill_(float(rate))
+
+    def own(self, parameter: int, prev: Tensor) -> Tensor:
+        """`prev`, a previous gradient that some state holds, if it is one of `copies`; or a copy that is."""
+        if prev is not self.copies.get(parameter):
+            self.copies[parameter] = prev.clone()
+        return self.copies[parameter]
+
+    def mask(self, present: Sequence[int]) -> Tensor:
+        """For :meth:`changed`: which parameters have gradients; an upload."""
+        chosen = set(present)
+        return torch.tensor([i in chosen for i in range(len(self._known))]).to(self._known.device)
+
+    def changed(self, mask: Tensor) -> Tensor:
+        """In which layers other parameters have gradients than in the step before: bool, (L,)."""
+        changed = (self._known != mask)[self._members].any(0)
+        self._known.copy_(mask)
+        return changed
+
+    def forget(self, parameters: Sequence[int]) -> None:
+        """That the previous gradients of these are known; an upload."""
+        self._known.logical_and_(~self.mask(parameters))
+
+    def unknown(self) -> list[int]:
+        """Parameters whose previous gradients are not known; waits for the device."""
+        return (~self._known[:-1]).nonzero().flatten().tolist()
 
     def factors(self, scale: Tensor | None) -> Tensor:
         """Learning rate times `scale` (float64, (L,)), one for each of `entries`."""
@@ -120,7 +153,15 @@ class Recorder:
         return lr, prev_lr
 
     def next_row(self, device: torch.device) -> Tensor:
-        """Where the next step's :data:`oscopt.history.RECORDED` go: float64, (7, L), always the same."""
+        """Where the next step's :data:`oscopt.history.RECORDED` go: float64, (7, L), always the same.
+
+        Raises:
+            RuntimeError: somebody else records into the history by now.
+        """
+        if not self._history.follows(self.collect):
+            raise RuntimeError(
+                "the history of this optimizer has been handed on to another one; give each its own"
+            )
         self._row[:5].zero_()
         return self._row[: len(RECORDED)]
 
@@ -142,6 +183,10 @@ class Recorder:
         if self._waiting >= len(self._ring) // 2 and not capturing(self._ring.device):
             self._history.pull()
 
+    def count(self) -> Tensor:
+        """How many steps there were: int64, 0-dim."""
+        return self._count.clone()
+
     def latest(self) -> Tensor:
         """The row of the last step, float64, (7, L)."""
         place = (self._count - 1).remainder(len(self._ring)).reshape(1)
@@ -153,6 +198,8 @@ class Recorder:
 
     def collect(self) -> None:
         """Let the history take what is new; waits for the device."""
+        if capturing(self._ring.device):
+            raise RuntimeError("the history cannot be read while a CUDA graph is being captured")
         count = int(self._count)
         new, self._waiting = count - self._taken, 0
         if new <= 0:
@@ -168,3 +215,10 @@ class Recorder:
         rows = self._ring[torch.from_numpy(steps % len(self._ring)).to(self._ring.device)].cpu().numpy()
         self._taken = count
         self._history.extend(steps, rows[:, : len(RECORDED)], *np.moveaxis(rows[:, len(RECORDED) :], 1, 0))
+
+
+def _columns(lists: Sequence[Sequence[int]], filler: int | None = None) -> Tensor:
+    """Each list as a column, int64; the rest of it is `filler`, or the list's first entry again."""
+    most = max(map(len, lists), default=1)
+    rows = [[*x, *[x[0] if filler is None else filler] * (most - len(x))] for x in lists]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(lists), most).T

@@ -32,6 +32,7 @@ class Window:
         self._on_exit = on_exit
         self._device = device
         self._ranks = ranks
+        self._steps: list[int | Tensor] = []
         self._gradients: list[list[tuple[int, Tensor]]] = []  # per step: (layer, copy of a gradient)
         self._present: list[list[int]] = []  # per step: the parameters that had gradients
         self._sums: np.ndarray | None = None
@@ -47,10 +48,16 @@ class Window:
         """Whether h gradients have come."""
         return self._sums is not None
 
-    def add(self, present: Sequence[int], layer_of: Sequence[int], grads: Sequence[Tensor]) -> None:
-        """Keep one step's gradients (the optimizer's side), of the parameters `present`; -1: not measured."""
+    def add(
+        self, step: int | Tensor, present: Sequence[int], layer_of: Sequence[int], grads: Sequence[Tensor]
+    ) -> None:
+        """Keep the gradients of step number `step` (the optimizer's side), of the parameters `present`.
+
+        `layer_of`: -1: not measured.
+        """
         if self.complete:
             return
+        self._steps.append(step)
         self._present.append(list(present))
         pairs = zip(layer_of, grads, strict=True)
         self._gradients.append([(layer, grad.detach().clone()) for layer, grad in pairs if layer >= 0])
@@ -65,7 +72,11 @@ class Window:
     def _inner_products(self) -> Tensor:
         shape = (len(self.layer_names), self.h, self.h)
         sums = torch.zeros(shape, dtype=torch.float64, device=self._device)
-        if any(present != self._present[0] for present in self._present):
+        numbers = [int(step) for step in self._steps]
+        adjacent = numbers == list(
+            range(numbers[0], numbers[0] + self.h)
+        )  # no replay of a graph between them
+        if not adjacent or any(present != self._present[0] for present in self._present):
             return sums.fill_(torch.nan)
         for same_parameter in zip(*self._gradients, strict=True):
             layer = same_parameter[0][0]

@@ -12,7 +12,7 @@ from graph import FakeGraph
 from helpers import BACKENDS, DEVICE, batch, small_net, train
 from torch import nn
 
-from oscopt import OscGD, OscMonitor, recorder
+from oscopt import History, OscGD, OscMonitor, recorder
 from oscopt.adapt import CosineStep, SecantStep
 
 WARM, STEPS = 3, 6
@@ -208,7 +208,7 @@ def test_live_reading_between_replays(monkeypatch):
 
 def test_what_was_overwritten_is_missing_and_said(monkeypatch):
     monkeypatch.setattr(recorder, "LEAST", 4)
-    monkeypatch.setattr(recorder, "_BYTES", 0)
+    monkeypatch.setattr(recorder, "MOST", 4)
     _, optimizer = warm()
     graph = FakeGraph(monkeypatch)
     with graph.capture():
@@ -222,7 +222,7 @@ def test_what_was_overwritten_is_missing_and_said(monkeypatch):
 
 def test_without_a_graph_nothing_is_lost(monkeypatch):
     monkeypatch.setattr(recorder, "LEAST", 4)
-    monkeypatch.setattr(recorder, "_BYTES", 0)
+    monkeypatch.setattr(recorder, "MOST", 4)
     net, twin = small_net(), small_net()
     a = OscGD(net.named_parameters(), lr=0.1)
     b = OscGD(twin.named_parameters(), lr=0.1, capturable=True)
@@ -325,18 +325,16 @@ def test_captures_that_cannot_be(monkeypatch):
     optimizer = OscGD(named, lr=0.1, backend="triton", capturable=True)
     for _, p in named:
         p.grad = torch.ones_like(p)
-    unchanged(named, optimizer, RuntimeError, "take 3 steps")
-    optimizer.step()
-    unchanged(named, optimizer, RuntimeError, "or no compiled kernel")
+    unchanged(named, optimizer, RuntimeError, "take 3 such steps")
     for options in ({}, {"sample": 0.5}):
         named, optimizer = warm(**options)
         named[0][1].grad, named[1][1].grad = None, None
         eager(named[2:], optimizer, [g[2:] for g in gradients()], [0])
         named[0][1].grad = torch.ones_like(named[0][1])
-        unchanged(named, optimizer, RuntimeError, "take 3 steps with")
+        unchanged(named, optimizer, RuntimeError, "take 3 such steps")
         named, optimizer = warm(**options)
         named[0][1].grad = None
-        unchanged(named, optimizer, RuntimeError, "take 3 steps with")
+        unchanged(named, optimizer, RuntimeError, "take 3 such steps")
     named, optimizer = warm()
     optimizer.param_groups[0]["weight_decay"] = 0.1
     unchanged(named, optimizer, RuntimeError, "something has changed since the last step")
@@ -351,7 +349,7 @@ def test_captures_that_cannot_be(monkeypatch):
     named, optimizer = warm()
     for _ in range(8):
         captured(optimizer)
-    unchanged(named, optimizer, RuntimeError, "8 captures have used up")
+    unchanged(named, optimizer, RuntimeError, "tables made ahead for captures are used up")
     eager(named, optimizer, gradients(), [3])
     captured(optimizer)  # as the message says
 
@@ -407,11 +405,195 @@ def test_a_monitor_that_cannot_be_captured(monkeypatch):
         ):
             optimizer.step()
     with OscMonitor(optimizer, named, backend="triton", capturable=True):
-        with pytest.raises(RuntimeError, match="take 3 steps with"), FakeGraph(monkeypatch).capture():
+        with pytest.raises(RuntimeError, match="take 3 such steps"), FakeGraph(monkeypatch).capture():
             optimizer.step()
         optimizer.found_inf = torch.zeros(())
         with pytest.raises(RuntimeError, match="GradScaler"), FakeGraph(monkeypatch).capture():
             optimizer.step()
+
+
+def test_graphs_of_different_parameters_in_turn(monkeypatch):
+    """Two heads: a layer of which another part had a gradient in the step before has no pair."""
+    layers = {"a.weight": "a", "a.bias": "a", "b.weight": "b", "c.weight": "c", "c.bias": "c"}
+    parts = {"first": [0, 1, 3], "second": [0, 2, 3, 4], "all": [0, 1, 2, 3, 4]}
+    order = ["first"] * 3 + ["second"] * 3 + ["all"] * 3
+    order += ["first", "second", "second", "first", "all", "first"]
+    for options in ({"sample": 0.5}, {"momentum": 0.9}):
+        usual, captured = parameters(), parameters()
+        a = OscGD(usual, lr=0.1, layers=layers, backend="triton", **options)
+        b = OscGD(captured, lr=0.1, layers=layers, backend="triton", capturable=True, **options)
+        static = [torch.zeros_like(p) for _, p in captured]
+        graphs: dict[str, FakeGraph] = {}
+        for step, name in enumerate(order):
+            generator = torch.Generator().manual_seed(step)
+            for i, ((_, p), (_, q)) in enumerate(zip(usual, captured, strict=True)):
+                g = torch.randn(p.shape, generator=generator).to(DEVICE)
+                static[i].copy_(g)
+                p.grad, q.grad = (g, static[i]) if i in parts[name] else (None, None)
+            a.step()
+            if name in graphs:
+                graphs[name].replay()
+            elif step >= 2 and order[step - 2 : step] == [name] * 2:
+                graphs[name] = FakeGraph(monkeypatch)
+                with graphs[name].capture():
+                    b.step()
+            else:
+                b.step()
+        assert len(graphs) == 3
+        for (name, p), (_, q) in zip(usual, captured, strict=True):
+            assert torch.equal(p, q), name
+        same_history(a.history, b.history)
+        missing = np.isnan(b.history.dot)
+        assert missing[9:].any() and not missing[9:].all()
+
+
+def test_what_a_graph_uses_stays(monkeypatch):
+    """Whatever the optimizer does later."""
+
+    def without_gradients(named, optimizer):
+        optimizer.zero_grad()
+        optimizer.step()
+
+    def other_momentum(named, optimizer):
+        optimizer.param_groups[0]["momentum"] = 0.5
+        eager(named, optimizer, gradients(), [0])
+
+    def another_group(named, optimizer):
+        optimizer.add_param_group({"params": [("d", nn.Parameter(torch.zeros(3)))]})
+
+    def another_state(named, optimizer):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        eager(named, optimizer, gradients(), [0])
+
+    def no_state(named, optimizer):
+        optimizer.state.clear()
+        eager(named, optimizer, gradients(), [0])
+
+    changes = (without_gradients, other_momentum, another_group, another_state, no_state)
+    for options, some in (({"momentum": 0.9, "adapt": "auto"}, changes), ({"sample": 0.5}, changes[:1])):
+        for change in some:
+            named, optimizer = warm(**options)
+            graph = FakeGraph(monkeypatch)
+            with graph.capture():
+                optimizer.step()
+            change(named, optimizer)
+            assert len(optimizer.history) >= WARM + 1
+            assert graph.dangling() == 0, change.__name__
+            del optimizer
+            for _, p in named:
+                p.grad = None
+            assert graph.dangling() > 0  # it can tell
+
+
+def test_a_policy_that_keeps_what_it_is_shown(monkeypatch):
+    class Keeping:
+        start = 0.5
+
+        def __init__(self) -> None:
+            self.state: dict[str, torch.Tensor] = {}
+
+        def __call__(self, measured):
+            last, before = self.state.get("last"), self.state.get("before")
+            self.state["scale"], self.state["before"], self.state["last"] = measured.scale, last, measured.dot
+            if last is None:
+                self.state["before"] = measured.dot
+            factor = 1.5 if before is None else torch.where(last + before > measured.dot, 1.25, 0.75)
+            return measured.scale * factor
+
+    grads = gradients()
+    usual, captured = parameters(), parameters()
+    a = OscGD(usual, lr=1.0, adapt=Keeping(), backend="triton")
+    lr = torch.tensor(1.0, device=DEVICE)
+    b = OscGD(captured, lr=lr, adapt=Keeping(), backend="triton", capturable=True)
+    eager(usual, a, grads)
+    replayed(captured, b, grads, monkeypatch)
+    same_history(a.history, b.history)
+    scale = b.step_scale
+    eager(captured, b, grads, [0])
+    assert torch.equal(a.step_scale, scale) and not torch.equal(b.step_scale, scale)
+
+
+def test_momentum_that_begins_in_a_capture(monkeypatch):
+    for backend in ("triton", "torch"):
+        named = parameters()
+        optimizer = OscGD(named, lr=0.1, dampening=0.5, backend=backend, capturable=True)
+        eager(named, optimizer, gradients(), range(WARM))
+        optimizer.param_groups[0]["momentum"] = 0.9
+        with pytest.raises(RuntimeError, match="no momentum buffer yet"), FakeGraph(monkeypatch).capture():
+            optimizer.step()
+        eager(named, optimizer, gradients(), [0])
+        for (_, p), g in zip(named, gradients()[0], strict=True):
+            assert torch.equal(optimizer.state[p]["momentum_buffer"], g)
+
+
+def test_a_bounded_record_and_few_files(tmp_path):
+    records = []
+    for capturable in (False, True):
+        folder = tmp_path / str(capturable)
+        p = nn.Parameter(torch.ones(3, device=DEVICE))
+        optimizer = OscGD([("p", p)], lr=1e-3, capturable=capturable, history=History(limit=512))
+        optimizer.history.stream_to(folder)
+        for i in range(1100):
+            p.grad = torch.full_like(p, float(i % 7))
+            optimizer.step()
+            if i % 50 == 0:
+                optimizer.history.drain()
+        optimizer.history.flush()
+        records.append((optimizer.history, len(list(folder.iterdir())), History.load(folder)))
+    (usual, files, whole), (other, other_files, other_whole) = records
+    same_history(usual, other)
+    same_history(whole, other_whole)
+    assert len(other) <= 512 and other_files == files and len(other_whole) == 1100
+
+
+def test_a_history_belongs_to_one(monkeypatch):
+    first, second = parameters(), parameters()
+    a = OscGD(first, lr=0.1, capturable=True)
+    eager(first, a, gradients(), range(2))
+    with pytest.raises(ValueError, match="history holds layers"):
+        OscGD(first, lr=0.1, capturable=True, layers="parameter", history=a.history)
+    eager(first, a, gradients(), range(2))
+    assert len(a.history) == 4
+    for capturable in (True, False):
+        b = OscGD(second, lr=0.1, capturable=capturable, history=a.history)
+        assert len(b.history) == b.param_groups[0]["step"]
+        before = [p.detach().clone() for _, p in first]
+        with pytest.raises(RuntimeError, match="handed on"):
+            eager(first, a, gradients(), [0])
+        assert all(torch.equal(p, q) for (_, p), q in zip(first, before, strict=True))
+        eager(second, b, gradients(), range(2))
+    assert list(b.history.steps) == list(range(8))
+
+
+def test_groups_without_measured_parameters():
+    named = parameters()
+    optimizer = OscGD(named, lr=0.1, capturable=True)
+    eager(named, optimizer, gradients(), range(2))
+    optimizer.add_param_group({"params": [], "param_names": []})
+    eager(named, optimizer, gradients(), range(2))
+    assert optimizer.state_dict()["param_groups"][0]["step"] == 4
+    descent = Descent(named[:3], lr=0.1)
+    monitor = OscMonitor(descent, named[:3], capturable=True)
+    eager(named[:3], descent, [g[:3] for g in gradients()], range(2))
+    descent.add_param_group({"params": named[3:], "lr": 0.5})
+    eager(named, descent, gradients(), range(2))
+    monitor.load_state_dict(monitor.state_dict())
+    eager(named, descent, gradients(), [2])
+    assert len(monitor.history) == 5 and monitor.history.layer_names == ("a", "b")
+
+
+def test_a_window_does_not_bridge_replays(monkeypatch):
+    named, optimizer = warm()
+    graph = FakeGraph(monkeypatch)
+    with graph.capture():
+        optimizer.step()
+    for replays, missing in ((0, False), (2, True)):
+        with optimizer.window(2) as window:
+            eager(named, optimizer, gradients(), [0])
+            for _ in range(replays):
+                graph.replay()
+            eager(named, optimizer, gradients(), [1])
+        assert np.isnan(window.matrix()).all() == missing
 
 
 @pytest.mark.gpu

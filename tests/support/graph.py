@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,7 @@ class FakeGraph:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._patch = patch
         self._work: list[Callable[[], Any]] = []
+        self._addressed: list[weakref.ref] = []
 
     @contextlib.contextmanager
     def capture(self):
@@ -34,10 +37,27 @@ class FakeGraph:
                 patch.setattr(module, "capturing", lambda device: True)
             for name in ("step_kernel", "sample_kernel", "reduce_kernel"):
                 patch.setattr(triton_backend, name, _Launches(getattr(triton_backend, name), self._work))
+            patch.setattr(kernels.Plan, "step", self._noting(kernels.Plan.step))
             # It computes with numpy on CPUs.
             patch.setattr(engine, "estimate", _Calls(engine.estimate, self._work))
             with _Operations(self._work):
                 yield self
+
+    def _noting(self, step: Callable) -> Callable:
+        """That kernels get addresses, which keep nothing alive."""
+
+        def noting(plan, grads, prevs, bufs, *rest):
+            for tensors in (prevs, bufs):
+                self._addressed += [weakref.ref(t) for t in tensors or () if t is not None]
+            return step(plan, grads, prevs, bufs, *rest)
+
+        return noting
+
+    def dangling(self) -> int:
+        """How many of the tensors whose addresses it has captured are gone; it cannot be replayed then."""
+        self._work.clear()
+        gc.collect()
+        return sum(ref() is None for ref in self._addressed)
 
     @torch.no_grad()
     def replay(self) -> None:

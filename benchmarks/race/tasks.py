@@ -160,8 +160,8 @@ def _quadratic(condition: float):
 
 
 # Of each model: the rate to start from, whether it is quick; then pictures, their side and epochs, for full
-# batches and for mini-batches, where a batch is to be a small part of the pictures. VGG-16 has no such form: it
-# needs more steps to leave the plateau that it starts on than a run of seconds has.
+# batches and for mini-batches, where a batch is to be a small part of the pictures. VGG-16 has no such form:
+# to leave the plateau that it starts on takes more steps than a run of seconds has.
 _MODELS = {
     "cnn": (0.1, True, (128, 16, 100), (1024, 16, 25)),
     "cnn_bn": (0.3, False, (128, 16, 80), (1024, 16, 20)),

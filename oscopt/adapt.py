@@ -15,7 +15,7 @@ operations: no `.item()`, so that nothing waits for the device. Attributes that 
 * `bounds`: the least and the largest scale; default: None, no bounds.
 * `start`: the scale before the first change; default: 1.
 * `warmup`: measured steps before the first change; default: 0.
-* `state`: a dict of tensors of the same shape, saved in the optimizer's state.
+* `state`: a dict of tensors, saved in the optimizer's state.
 
 A layer without a valid pair of gradients (the first step, a gradient that is zero or not finite) keeps its
 scale, whatever the policy says of it. The displacement and the curvature are those of plain gradient descent:
@@ -256,12 +256,15 @@ class SmoothnessStep(_Rule):
         # After a short step it goes on from where it was, and R tells the noise.
         scale = state.get("held", measured.scale) if phase == 1 else measured.scale
         ratio = measured.prev_step / (scale * measured.lr)
-        floor = state.get("floor", size_of_all.clamp_max(1.0))
-        if may_be_short := phase in (1, 2):
+        may_be_short = phase in (1, 2)
+        if may_be_short or "floor" not in state:
             short = valid & (ratio < 2 * self.SHORT)
-            floor = torch.where(short.any(), torch.lerp(floor, size_of_all.clamp_max(1.0), 0.5), floor)
-        state["floor"] = floor
-        noise = (2.0 * (floor - self.CLEAN)).clamp(0.0, 1.0)
+            last = size_of_all.clamp_max(1.0)
+            floor = state.get("floor", last)
+            state["floor"] = floor = torch.where(short.any(), torch.lerp(floor, last, 0.5), floor)
+            state["noise"] = noise = (2.0 * (floor - self.CLEAN)).clamp(0.0, 1.0)
+            state["fast"], state["limit"] = 2.0 - 0.5 * noise, self.RISE * (1.0 + noise)
+        noise = state["noise"]
 
         size = (sums[0] / sums[2] * size_of_all).sqrt() / self.target**2
         size = torch.lerp(size, (mean[0] / self.noisy**2).expand_as(size), noise)
@@ -270,9 +273,9 @@ class SmoothnessStep(_Rule):
             passed = passed & ~short
         state["found"] = found = torch.where(passed, 1.0, state.get("found", torch.zeros_like(size)))
         # Growth is capped rather than damped: what curvature a step has met shows only after the next one.
-        growth = torch.where(found > 0, self.grow, 2.0 - 0.5 * noise)
+        growth = torch.where(found > 0, self.grow, state["fast"])
         high = state.get("high", before)
-        growth = torch.where(now > self.RISE * high * (1.0 + noise), (high / now).sqrt(), growth)
+        growth = torch.where(now > state["limit"] * high, (high / now).sqrt(), growth)
         state["high"] = torch.fmax(now, 0.9 * high)
         factor = torch.where(found > 0, ratio * size.rsqrt(), math.inf)
         new = scale * torch.minimum(factor, growth).clamp_min(0.1)

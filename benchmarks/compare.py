@@ -7,7 +7,8 @@
 Gradient descent's best rate is searched for on a 2x grid for every task and seed: the loss that it ends with
 is the target. What else is tuned is so on the first seed. Every finished run is a line of compare.csv in
 --out; a second call makes only those that it lacks. Writes compare.png, compare.svg (performance profiles)
-and compare.md (tables) from all lines there.
+and compare.md (tables) from all lines there; compare-128.* with --batch 128, where the tasks have more
+pictures and fewer epochs.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ QUICK = "the quick tasks with one seed, in some minutes"
 def parser() -> Parser:
     p = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", metavar="TASK,...", help="tasks (default: all)")
+    p.add_argument(
+        "--contenders", metavar="NAME,...", help="gd and these (default: all); 'auto': from all rates"
+    )
     p.add_argument("--seeds", type=integers, metavar="N,...", help="default: 0,1,2,3,4")
     p.add_argument("--batch", type=positive(int), metavar="N", help="samples in a step (default: all)")
+    p.add_argument("--data-root", metavar="DIR", help="where Fashion-MNIST is (default: data)")
     p.add_argument("--threads", type=positive(int), default=1, metavar="N", help="default: %(default)s")
     p.add_argument("--quick", action="store_true", help=QUICK)
     p.add_argument("--out", default="runs/compare", metavar="DIR", help="default: %(default)s")
@@ -39,24 +44,59 @@ def parser() -> Parser:
 
 
 def chosen_tasks(options: argparse.Namespace) -> list:
-    """The tasks that the command line names.
+    """The tasks that the command line names; without names, those whose data can be had.
 
     Raises:
         UserError: one is unknown, or has no mini-batches.
     """
-    from race.tasks import TASKS
+    from race.tasks import tasks
+    from study.data import load
     from study.errors import UserError
 
-    if options.only is None:
-        chosen = [task for task in TASKS.values() if task.quick or not options.quick]
-        return [task for task in chosen if not (options.batch and task.deterministic)]
-    names = list(dict.fromkeys(options.only.split(",")))
-    if unknown := [name for name in names if name not in TASKS]:
-        raise UserError(f"--only: unknown task {unknown[0]!r}; there are {', '.join(TASKS)}")
-    for name in names:
-        if options.batch and TASKS[name].deterministic:
-            raise UserError(f"--only: {name} has no samples to make batches of; leave --batch or {name} out")
-    return [TASKS[name] for name in names]
+    there = tasks(options.batch is not None, options.data_root)
+    if options.only is not None:
+        names = list(dict.fromkeys(options.only.split(",")))
+        if unknown := [name for name in names if name not in tasks()]:
+            raise UserError(f"--only: unknown task {unknown[0]!r}; there are {', '.join(tasks())}")
+        if without := [name for name in names if name not in there]:
+            raise UserError(
+                f"--only: {without[0]} has no form for mini-batches; leave it or --batch out"
+            )
+        return [there[name] for name in names]
+    chosen = [task for task in there.values() if task.quick or not options.quick]
+    for dataset in dict.fromkeys(task.dataset for task in chosen if task.dataset):
+        try:
+            load(dataset, 1, None, options.data_root, 0)
+        except UserError:
+            if options.data_root is not None:
+                raise
+            names = [task.name for task in chosen if task.dataset == dataset]
+            chosen = [task for task in chosen if task.dataset != dataset]
+            print(f"left out, {dataset} is not there: {', '.join(names)} (--data-root says where it is)")
+    return chosen
+
+
+def chosen_contenders(options: argparse.Namespace) -> list:
+    """Those that the command line names, by whole names or first words, after gradient descent.
+
+    Raises:
+        UserError: there is none of such a name.
+    """
+    from race.contenders import BASE, contenders
+    from study.errors import UserError
+
+    found, absent = contenders()
+    if absent:
+        print(f"left out, not installed: {', '.join(absent)} (pip install 'oscopt[compare]')")
+    if options.contenders is None:
+        return found
+    names = options.contenders.split(",")
+    known = {name for c in found for name in (c.name, c.name.split()[0])}
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(
+            f"--contenders: there is no {unknown[0]!r}; there are {', '.join(c.name for c in found)}"
+        )
+    return [c for c in found if c.name == BASE or {c.name, c.name.split()[0]} & set(names)]
 
 
 def search(final: Callable[[float], float], start: float, factor: float) -> float:
@@ -151,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     import torch
 
-    from race import contenders, plot, table
+    from race import plot, table
     from race.results import Results
     from study.errors import UserError
 
@@ -166,9 +206,7 @@ def _run(options: argparse.Namespace) -> int:
     except (ValueError, KeyError, csv.Error) as error:
         raise UserError(f"{out}/compare.csv is damaged ({error}); use another --out") from None
     torch.set_num_threads(options.threads)
-    chosen, absent = contenders.contenders()
-    if absent:
-        print(f"left out, not installed: {', '.join(absent)} (pip install 'oscopt[compare]')")
+    chosen = chosen_contenders(options)
     here = machine()
     about = {key: here[key] for key in ("date", "oscopt", "torch")} | {"threads": options.threads}
     about["device"] = f"{here['processor']} ({here['cores']} cores)"

@@ -15,7 +15,7 @@ operations: no `.item()`, so that nothing waits for the device. Attributes that 
 * `bounds`: the least and the largest scale; default: None, no bounds.
 * `start`: the scale before the first change; default: 1.
 * `warmup`: measured steps before the first change; default: 0.
-* `state`: a dict of tensors of the same shape, saved in the optimizer's state.
+* `state`: a dict of tensors, saved in the optimizer's state.
 
 A layer without a valid pair of gradients (the first step, a gradient that is zero or not finite) keeps its
 scale, whatever the policy says of it. The displacement and the curvature are those of plain gradient descent:
@@ -52,6 +52,7 @@ class Measured:
         scale: the scale that was in force when they were measured.
         lr: the learning rate that the new scale will multiply (as far as known: that of this step).
         prev_step: learning rate times scale of the last step, from x_{t-1} to x_t.
+        steps: measured steps up to this one, an int: 1 in the first, which has no pair.
     """
 
     dot: Tensor
@@ -61,6 +62,7 @@ class Measured:
     scale: Tensor
     lr: Tensor
     prev_step: Tensor
+    steps: int
 
     @cached_property
     def correlation(self) -> Tensor:
@@ -82,13 +84,14 @@ class Measured:
 
         Its `prev_step` is such that the displacement is that of all; `scale` and `lr` are their largest.
         """
-        sums = {f.name: torch.where(chosen, getattr(self, f.name), 0.0) for f in fields(self)}
+        names = [f.name for f in fields(self) if f.name != "steps"]
+        sums = {name: torch.where(chosen, getattr(self, name), 0.0) for name in names}
         total = {name: value.sum(0, keepdim=True) for name, value in sums.items()}
         moved = (sums["prev_step"] ** 2 * sums["prev_sq_norm"]).sum(0, keepdim=True)
         total["prev_step"] = (moved / total["prev_sq_norm"]).sqrt()
         for name in ("scale", "lr"):
             total[name] = sums[name].amax(0, keepdim=True)
-        return Measured(**total)
+        return Measured(**total, steps=self.steps)
 
 
 @dataclass(kw_only=True)
@@ -191,46 +194,97 @@ class SmoothnessStep(_Rule):
     With R = ||g_t - g_{t-1}|| / ||g_{t-1}||, the last step's size times the smoothness along it, of the layer
     (R_l) and of all layers together (R_all)::
 
-        s <- s clip(target / sqrt(R_l R_all) * (last step / this step), 1/10, growth)
+        s <- s clip(last step / this step / sqrt(size), 1/10, growth),   size = R_l R_all / target^2
 
-    `growth` is 2 until R passes half the target for the first time, `grow` from then on; where the norm of
-    all gradients has risen by more than the factor `grow`, it is one over that rise, at least 1/10. The first
-    steps are `start` times the learning rate, so that one that is too large does no harm. Meant for full
-    batches: the noise of small ones looks like curvature, and the scales fall to their lower bound.
+    The noise of mini-batches makes R about sqrt(2) whatever the step is. So the first steps, and one in
+    `PERIOD` from then on, are short: R after these is noise alone. c = 2 (R_all^2 - 0.02) after short steps,
+    averaged and within [0, 1], says how noisy the gradients are, and::
+
+        size = (1 - c) R_l R_all / target^2 + c R_all^2 / noisy^2
+
+    with the last R_all^2 averaged over a few steps: in noise all layers move together. `growth` is 2 (in
+    noise 1.5) until `size` passes 1/4 (in noise: until gradients oppose each other) for the first time,
+    `grow` from then on; where the norm of all gradients exceeds that of the last steps by a tenth, it is
+    one over that rise.
 
     Args:
         target: R that is held, greater than 0; a single curvature's edge of stability is 2.
+        noisy: R that is held where the gradients are noise.
         grow: the most that a scale grows by in a step, greater than 1.
-        start: the first scale, in (0, 1].
+        start: the first scale, of two short steps, in (0, 1]; ten times that comes next.
     """
 
     target: float = 1.0
+    noisy: float = 1.62
     grow: float = 1.2
     start: float = 0.01
     bounds: tuple[float, float] | None = field(default=(1e-4, 1e6), kw_only=True)
 
+    SHORT = 0.1
+    """A short step's part of a usual one: R^2 is a hundredth, which leaves only noise."""
+    PERIOD = 20
+    """Steps from one short step to the next where there is noise; five times that where there was none."""
+    CLEAN = 0.02
+    """R_all^2 after a short step that curvature alone explains."""
+    RISE = 1.21
+    """Of the squared norm of all gradients over the largest of late: more than that stops growth."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive("target", self.target)
+        _check_positive("noisy", self.noisy)
         if not (self.grow > 1 and math.isfinite(self.grow)):
             raise ValueError(f"Invalid grow: {self.grow}; it must be finite and greater than 1")
         if not 0 < self.start <= 1:
             raise ValueError(f"Invalid start: {self.start}; use a scale in (0, 1]")
 
     def __call__(self, measured: Measured) -> Tensor:
-        correlation = measured.correlation
-        sums = torch.stack([measured.diff_sq_norm, measured.prev_sq_norm, measured.sq_norm])
-        change, before, _ = sums
-        change_of_all, before_of_all, now_of_all = torch.where(correlation == correlation, sums, 0.0).sum(1)
-        size = (change / before * (change_of_all / before_of_all)) ** 0.25
-        peak = self.state.get("peak")
-        self.state["peak"] = peak = size if peak is None else torch.fmax(peak, size)
+        state, round_, phase = self.state, *divmod(measured.steps - 1, self.PERIOD)
+        if measured.steps == 1:
+            state["held"] = measured.scale / self.SHORT
+            return measured.scale
+        valid = measured.correlation == measured.correlation
+        sums = torch.stack([measured.diff_sq_norm, measured.dot, measured.prev_sq_norm, measured.sq_norm])
+        change, dot, before, now = torch.where(valid, sums, 0.0).sum(1, keepdim=True)
+        size_and_agreement = torch.stack([change / before, dot / (before * now).sqrt()])
+        mean = state.get("mean", torch.zeros_like(size_and_agreement))
+        size_and_agreement = torch.where(before > 0, size_and_agreement, mean)
+        size_of_all = size_and_agreement[0]
+        # One gradient that jumps is not to be remembered for long.
+        state["mean"] = mean = torch.lerp(mean, size_and_agreement.clamp_max(10.0), 0.5)
+
+        # After a short step it goes on from where it was, and R tells the noise.
+        scale = state.get("held", measured.scale) if phase == 1 else measured.scale
+        ratio = measured.prev_step / (scale * measured.lr)
+        may_be_short = phase in (1, 2)
+        if may_be_short or "floor" not in state:
+            short = valid & (ratio < 2 * self.SHORT)
+            last = size_of_all.clamp_max(1.0)
+            floor = state.get("floor", last)
+            state["floor"] = floor = torch.where(short.any(), torch.lerp(floor, last, 0.5), floor)
+            state["noise"] = noise = (2.0 * (floor - self.CLEAN)).clamp(0.0, 1.0)
+            state["fast"], state["limit"] = 2.0 - 0.5 * noise, self.RISE * (1.0 + noise)
+        noise = state["noise"]
+
+        size = (sums[0] / sums[2] * size_of_all).sqrt() / self.target**2
+        size = torch.lerp(size, (mean[0] / self.noisy**2).expand_as(size), noise)
+        passed = torch.where(noise > 0.5, mean[1] < 0.0, size > 0.25)
+        if may_be_short:
+            passed = passed & ~short
+        state["found"] = found = torch.where(passed, 1.0, state.get("found", torch.zeros_like(size)))
         # Growth is capped rather than damped: what curvature a step has met shows only after the next one.
-        growth = torch.where(peak > self.target / 2, self.grow, 2.0)
-        rise = (now_of_all / before_of_all).sqrt()
-        growth = torch.where(rise > self.grow, (1.0 / rise).clamp_min(0.1), growth)
-        wanted = measured.prev_step / (size * measured.lr) * self.target
-        return wanted.clamp(0.1 * measured.scale, growth * measured.scale)
+        growth = torch.where(found > 0, self.grow, state["fast"])
+        high = state.get("high", before)
+        growth = torch.where(now > state["limit"] * high, (high / now).sqrt(), growth)
+        state["high"] = torch.fmax(now, 0.9 * high)
+        factor = torch.where(found > 0, ratio * size.rsqrt(), math.inf)
+        new = scale * torch.minimum(factor, growth).clamp_min(0.1)
+        if may_be_short:
+            new = torch.where(short, scale, new)
+        elif phase == 0:
+            state["held"] = torch.where(valid, new, scale)
+            new = new * (self.SHORT if round_ % 5 == 0 else torch.where(noise > 0, self.SHORT, 1.0))
+        return new
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -298,6 +352,7 @@ class Adapter:
         self._together = getattr(policy, "granularity", "layer") == "global"
         self._bounds = getattr(policy, "bounds", None) or (0.0, math.inf)
         self._warmup = getattr(policy, "warmup", 0)
+        self._some_out = not all(adapted)
         self._adapted = torch.tensor(adapted, dtype=torch.bool).to(device)
         ones = torch.where(self._adapted, float(getattr(policy, "start", 1.0)), 1.0).double()
         known, used = (state.get(key, ones[:0]).to(ones) for key in (_KEY, _USED))
@@ -340,7 +395,9 @@ class Adapter:
             ValueError: the policy returns something of another shape.
         """
         self._seen += 1
-        measured = Measured(*sums, scale=self.scale, lr=lr, prev_step=prev_step)
+        if self._some_out:
+            sums = torch.where(self._adapted, sums, math.nan)
+        measured = Measured(*sums, scale=self.scale, lr=lr, prev_step=prev_step, steps=self._seen)
         valid = self._adapted & (measured.correlation == measured.correlation)
         if self._together:
             measured = measured.together(valid)

@@ -42,7 +42,7 @@ class Task:
         lr: where the search for gradient descent's best rate starts.
         start: seed -> the problem.
         quick: whether `--quick` runs it.
-        deterministic: whether there are no samples to make batches of.
+        dataset: the pictures that it needs, if any: a name of :func:`study.data.load`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Task:
     lr: float
     start: Callable[[int], Problem]
     quick: bool = False
-    deterministic: bool = False
+    dataset: str | None = None
 
 
 def _classify(model: nn.Module, x: Tensor, y: Tensor) -> Problem:
@@ -61,27 +61,34 @@ def _classify(model: nn.Module, x: Tensor, y: Tensor) -> Problem:
     return Problem(model, loss, len(x))
 
 
-def _pictures(name: str, n_train: int, image_size: int, width: int):
+def _pictures(model: str, dataset: str, n_train: int, image_size: int, width: int, data_root: str | None):
     def start(seed: int) -> Problem:
-        x, y = _load("mnist5k", n_train, image_size, None, seed)
-        return _classify(build(name, 1, image_size, width, seed), x, y)
+        x, y = _load(dataset, n_train, image_size, data_root, seed)
+        return _classify(build(model, 1, image_size, width, seed), x, y)
 
     return start
 
 
-def _logistic(seed: int) -> Problem:
+def _logistic(n_train: int):
     """Regularized, or the loss would have no minimum: 1,000 pictures can be separated."""
-    x, y = _load("mnist5k", 1000, 16, None, seed)
-    problem = _classify(build("linear", 1, 16, 1, seed), x, y)
-    weight = problem.model.fc.weight
-    return Problem(problem.model, lambda index: problem.loss(index) + 5e-3 * weight.square().sum(), len(x))
+
+    def start(seed: int) -> Problem:
+        x, y = _load("mnist5k", n_train, 16, None, seed)
+        problem = _classify(build("linear", 1, 16, 1, seed), x, y)
+        weight = problem.model.fc.weight
+        return Problem(problem.model, lambda i: problem.loss(i) + 5e-3 * weight.square().sum(), len(x))
+
+    return start
 
 
-def _mlp(seed: int) -> Problem:
-    x, y = _load("mnist5k", 500, 16, None, seed)
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 10))
-    return _classify(model, x, y)
+def _mlp(n_train: int):
+    def start(seed: int) -> Problem:
+        x, y = _load("mnist5k", n_train, 16, None, seed)
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 10))
+        return _classify(model, x, y)
+
+    return start
 
 
 class Transformer(nn.Module):
@@ -109,14 +116,18 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.layers(x, mask=self.mask, is_causal=True)))
 
 
-def _transformer(seed: int) -> Problem:
+def _transformer(n_train: int):
     """Sequences that repeat their first half: the second half can be known, by attending to the first."""
     half, tokens = 8, 16
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(0, tokens, (32, half), generator=generator)
-    sequences = torch.cat([first, first], 1)
-    torch.manual_seed(seed)
-    return _classify(Transformer(tokens, 2 * half - 1), sequences[:, :-1], sequences[:, 1:])
+
+    def start(seed: int) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.randint(0, tokens, (n_train, half), generator=generator)
+        sequences = torch.cat([first, first], 1)
+        torch.manual_seed(seed)
+        return _classify(Transformer(tokens, 2 * half - 1), sequences[:, :-1], sequences[:, 1:])
+
+    return start
 
 
 class Quadratic(nn.Module):
@@ -148,18 +159,41 @@ def _quadratic(condition: float):
     return start
 
 
-_ALL = (
-    Task("quadratic-1e2", 300, 1.0, _quadratic(1e2), quick=True, deterministic=True),
-    Task("quadratic-1e4", 1000, 1.0, _quadratic(1e4), deterministic=True),
-    Task("logistic", 300, 0.5, _logistic, quick=True),
-    Task("mlp", 200, 1.0, _mlp, quick=True),
-    Task("cnn", 100, 0.1, _pictures("cnn", 128, 16, 8), quick=True),
-    Task("cnn_bn", 80, 0.3, _pictures("cnn_bn", 128, 16, 8)),
-    Task("vgg16", 80, 0.04, _pictures("vgg16", 48, 32, 8)),
-    Task("resnet18", 50, 0.5, _pictures("resnet18", 64, 12, 8), quick=True),
-    Task("resnet34", 50, 0.5, _pictures("resnet34", 64, 12, 8)),
-    Task("transformer", 120, 1.0, _transformer),
-)
+# Of each model: the rate to start from, whether it is quick; then pictures, their side and epochs, for full
+# batches and for mini-batches, where a batch is to be a small part of the pictures. VGG-16 has no such form:
+# to leave the plateau that it starts on takes more steps than a run of seconds has.
+_MODELS = {
+    "cnn": (0.1, True, (128, 16, 100), (1024, 16, 25)),
+    "cnn_bn": (0.3, False, (128, 16, 80), (1024, 16, 20)),
+    "vgg16": (0.04, False, (48, 32, 80), None),
+    "resnet18": (0.5, True, (64, 12, 50), (1024, 8, 12)),
+    "resnet34": (0.5, False, (64, 12, 50), (1024, 8, 12)),
+}
+_WIDTH = 8
 
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
-"""By name."""
+
+def tasks(batches: bool = False, data_root: str | None = None) -> dict[str, Task]:
+    """All tasks by name, in their form for mini-batches or for full batches.
+
+    Args:
+        data_root: where the pictures that no package carries lie; see :func:`study.data.load`.
+    """
+
+    def size(full: int, mini: int) -> int:
+        return mini if batches else full
+
+    found = []
+    if not batches:  # there are no samples
+        found.append(Task("quadratic-1e2", 300, 1.0, _quadratic(1e2), quick=True))
+        found.append(Task("quadratic-1e4", 1000, 1.0, _quadratic(1e4)))
+    found.append(Task("logistic", size(300, 30), 0.5, _logistic(size(1000, 1024)), True, "mnist5k"))
+    found.append(Task("mlp", size(200, 30), 1.0, _mlp(size(500, 1024)), True, "mnist5k"))
+    for dataset, suffix in (("mnist5k", ""), ("fashion-mnist", "-fashion")):
+        for model, (lr, quick, *forms) in _MODELS.items():
+            if forms[batches] is None:
+                continue
+            n_train, side, epochs = forms[batches]
+            start = _pictures(model, dataset, n_train, side, _WIDTH, data_root)
+            found.append(Task(model + suffix, epochs, lr, start, quick and not suffix, dataset))
+    found.append(Task("transformer", size(120, 10), 1.0, _transformer(size(32, 1024))))
+    return {task.name: task for task in found}

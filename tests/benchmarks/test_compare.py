@@ -12,14 +12,22 @@ import torch
 from race import contenders, plot, table, tasks
 from race.results import COLUMNS, Results
 from race.train import train
+from study import data
+from study.errors import UserError
 
-SMALL = tasks.Task("small", 30, 1.0, tasks._quadratic(20.0), deterministic=True)
-NET = tasks.Task("net", 3, 0.5, tasks._pictures("linear", 40, 8, 1))
+SMALL = tasks.Task("small", 30, 1.0, tasks._quadratic(20.0))
+NET = tasks.Task("net", 3, 0.5, tasks._pictures("linear", "mnist5k", 40, 8, 1, None), dataset="mnist5k")
+AWAY = tasks.Task(
+    "away", 3, 0.5, tasks._pictures("linear", "fashion-mnist", 40, 8, 1, None), False, "fashion-mnist"
+)
 
 
 @pytest.fixture
 def small_tasks(monkeypatch):
-    monkeypatch.setattr(tasks, "TASKS", {"small": SMALL, "net": NET})
+    def some(batches=False, data_root=None):
+        return {task.name: task for task in ((NET,) if batches else (SMALL, NET, AWAY))}
+
+    monkeypatch.setattr(tasks, "tasks", some)
 
 
 def rows_in(folder):
@@ -108,11 +116,48 @@ def test_a_target_gives_half_as_much_time_again():
     assert gone.diverged and gone.final == math.inf and len(gone.losses) < 5
 
 
-def test_every_task_starts_alike():
-    for task in tasks.TASKS.values():
+@pytest.mark.parametrize("batches", [False, True])
+def test_every_task_starts_alike(batches):
+    found = tasks.tasks(batches).values()
+    assert all(
+        batches is False or task.start(0).samples >= 512 for task in found if task.dataset != "fashion-mnist"
+    )
+    for task in found:
+        if task.dataset == "fashion-mnist":
+            continue  # not there
         one, other = (task.start(1).loss(None) for _ in range(2))
         assert one == other != task.start(2).loss(None)
         one.backward()
+
+
+def test_contenders_by_name(small_tasks, tmp_path):
+    arguments = ["--only", "net", "--seeds", "3", "--contenders", "adam,auto", "--out", str(tmp_path)]
+    assert compare.main(arguments) == 0
+    assert {r["contender"] for r in rows_in(tmp_path)} == {
+        "gd",
+        "adam",
+        *(f"auto x{t:g}" for t in contenders.STARTS),
+    }
+
+
+def test_pictures_that_are_not_there(small_tasks, tmp_path, capsys, monkeypatch):
+    """Their tasks are left out with one line; asked for by name, or by a folder, they are an error."""
+    load = data.load
+
+    def without(name, *rest):
+        if name == "fashion-mnist":
+            raise UserError(f"{name} is not there")
+        return load(name, *rest)
+
+    monkeypatch.setattr(data, "load", without)
+    monkeypatch.setattr(tasks, "_load", without)
+    options = ["--contenders", "gd", "--seeds", "0", "--out", str(tmp_path)]
+    assert compare.main(options) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("left out") == 1 and "left out, fashion-mnist is not there: away (" in printed
+    assert {r["task"] for r in rows_in(tmp_path)} == {"small", "net"}
+    assert compare.main([*options, "--only", "away"]) == 2
+    assert compare.main([*options, "--data-root", str(tmp_path)]) == 2
 
 
 def test_no_target_and_divergence_have_their_words(tmp_path):
@@ -132,7 +177,8 @@ def test_no_target_and_divergence_have_their_words(tmp_path):
     ("arguments", "message"),
     [
         (["--only", "cnn,unknown"], "unknown task 'unknown'"),
-        (["--only", "quadratic-1e2", "--batch", "8"], "has no samples to make batches of"),
+        (["--only", "quadratic-1e2", "--batch", "8"], "quadratic-1e2 has no form for mini-batches"),
+        (["--contenders", "adams"], "there is no 'adams'"),
         (["--batch", "0"], "is not a whole number greater than 0"),
         (["--seeds", "0,x"], "'x' is not a whole number"),
         (["--out", "/dev/null/x"], "give a folder that can be written"),

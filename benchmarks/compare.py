@@ -59,9 +59,7 @@ def chosen_tasks(options: argparse.Namespace) -> list:
         if unknown := [name for name in names if name not in tasks()]:
             raise UserError(f"--only: unknown task {unknown[0]!r}; there are {', '.join(tasks())}")
         if without := [name for name in names if name not in there]:
-            raise UserError(
-                f"--only: {without[0]} has no form for mini-batches; leave it or --batch out"
-            )
+            raise UserError(f"--only: {without[0]} has no form for mini-batches; leave it or --batch out")
         return [there[name] for name in names]
     chosen = [task for task in there.values() if task.quick or not options.quick]
     for dataset in dict.fromkeys(task.dataset for task in chosen if task.dataset):

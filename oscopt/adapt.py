@@ -16,6 +16,8 @@ operations: no `.item()`, so that nothing waits for the device. Attributes that 
 * `start`: the scale before the first change; default: 1.
 * `warmup`: measured steps before the first change; default: 0.
 * `state`: a dict of tensors, saved in the optimizer's state.
+* `capturable`: False: it does different things in different steps, by `measured.steps`, so that a CUDA graph
+  cannot replay a step of it; default: True.
 
 A layer without a valid pair of gradients (the first step, a gradient that is zero or not finite) keeps its
 scale, whatever the policy says of it. The displacement and the curvature are those of plain gradient descent:
@@ -219,6 +221,8 @@ class SmoothnessStep(_Rule):
     grow: float = 1.2
     start: float = 0.01
     bounds: tuple[float, float] | None = field(default=(1e-4, 1e6), kw_only=True)
+
+    capturable = False
 
     SHORT = 0.1
     """A short step's part of a usual one: R^2 is a hundredth, which leaves only noise."""

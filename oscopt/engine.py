@@ -375,6 +375,11 @@ class Engine:
                 "the last step was none with gradients of the same parameters, and what a graph captures is "
                 "the same in every replay; take 3 such steps before capturing"
             )
+        if self._adapter is not None and not getattr(self._adapter.policy, "capturable", True):
+            raise RuntimeError(
+                f"the policy {self._adapter.policy!r} does not do the same in every step, but a graph would; "
+                "take adapt='cosine' or another one"
+            )
         if self._adapter is not None and self._adapter.warming_up:
             raise RuntimeError(
                 f"the policy {self._adapter.policy!r} is warming up, and so would every replay be; "

@@ -40,11 +40,21 @@ def slowly(operation):
 
 
 os.fsync, os.replace = slowly(os.fsync), slowly(os.replace)
+
+
+def written(path) -> int:
+    """When `path` was last written; 0: it is not there, which a look may find while it is replaced."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 generator = random.Random(0)
 done = inside = 0
 checkpoint = out / "checkpoint.pt"
 while done < kills:
-    known = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    known = written(checkpoint)
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -52,7 +62,7 @@ while done < kills:
         os._exit(run.main(resume if (out / "config.json").exists() else [*options, "--out", str(out)]))
     # Let it get one checkpoint further, then strike at any moment.
     deadline = time.monotonic() + 30
-    while (checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0) == known:
+    while written(checkpoint) in (0, known):
         if time.monotonic() > deadline:
             sys.exit("the run does not get on")
         time.sleep(0.001)

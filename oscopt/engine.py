@@ -364,8 +364,13 @@ class Engine:
         """Raise where a step with these gradients could not be captured in a CUDA graph.
 
         Raises:
-            RuntimeError: not everything that it needs is there yet, or a window is open.
+            RuntimeError: there is no recorder, something that it needs is not there yet, or a window is open.
         """
+        if self._recorder is None:
+            raise RuntimeError(
+                "an optimizer or monitor with capturable=False cannot be captured in a CUDA graph; "
+                "make it with capturable=True"
+            )
         present = [i for i, g in enumerate(grads) if g is not None]
         kept = {i: self._prev[i] if self._drawn is None else self.slots[i].sample for i in present}
         dtypes = {i: None if value is None else value.dtype for i, value in kept.items()}

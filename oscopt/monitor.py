@@ -170,9 +170,8 @@ class OscMonitor:
             self._renew_if_stale("update")
             params = self._engines["update"].values()
             if not self._buffers:
-                params_of_user = self._options["params"]
                 copies = 1 if self._capturable else 2  # the engine has another then
-                self._buffers = [[torch.empty_like(p) for p in params_of_user] for _ in range(copies)]
+                self._buffers = [list(map(torch.empty_like, self._options["params"])) for _ in range(copies)]
             self._before = [bare(buffer) for buffer in self._buffers[0]]
             torch._foreach_copy_(self._before, params)
 
@@ -223,11 +222,6 @@ class OscMonitor:
     def _measure(self, what: str, grads: list[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         engine = self._engines[what]
         if capturing(engine.device):
-            if not self._capturable:
-                raise RuntimeError(
-                    "OscMonitor(capturable=False) cannot be captured in a CUDA graph; make it with "
-                    "capturable=True"
-                )
             engine.check_capture(grads)
         rows, lr = [0] * len(grads), ()
         if self._capturable:

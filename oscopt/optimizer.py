@@ -314,17 +314,13 @@ class OscGD(Optimizer):
 
     def _check_capture(self, engine: Engine, grads: list[Tensor | None]) -> None:
         """Raise where a step could not be captured in a CUDA graph."""
-        if self._recorder is None:
-            raise RuntimeError(
-                "OscGD(capturable=False) cannot be captured in a CUDA graph; make it with capturable=True"
-            )
+        engine.check_capture(grads)
         for group in self.param_groups:
             if isinstance(group["lr"], Tensor) and group["lr"].device != engine.device:
                 raise RuntimeError(
                     f"lr is a tensor on {group['lr'].device}, which a graph cannot read at every replay; "
                     f"put it on {engine.device}"
                 )
-        engine.check_capture(grads)
         for slot, g in zip(engine.slots, grads, strict=True):
             if g is None or not self.param_groups[slot.group]["momentum"]:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -63,27 +63,23 @@ class Recorder:
         rates: Sequence[float],
     ) -> None:
         self._description = (list(layers), list(groups), device)
-        names = list(dict.fromkeys(layer for layer in layers if layer is not None))
-        num_layers = len(names)
-        homes = [-1 if layer is None else names.index(layer) for layer in layers]
+        index: dict[str | None, int] = {}
+        for layer in layers:
+            if layer is not None:
+                index.setdefault(layer, len(index))
+        num_layers = len(index)
+        homes = [num_layers if layer is None else index[layer] for layer in layers]
         pairs = list(zip(homes, groups, strict=True))
-        distinct = list(dict.fromkeys(pairs))
-        members: list[list[int]] = [[] for _ in names]
-        for i, home in enumerate(homes):
-            if home >= 0:
-                members[home].append(i)
+        place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        self.entries = [place[pair] for pair in pairs]
+        members = _by_layer(enumerate(homes), num_layers)
+        of_layer = _by_layer(((group, home) for home, group in place), num_layers)
+        options = {"dtype": torch.float64, "device": device}
         self._members = _columns(members, len(layers)).to(device)  # of layers; behind the last: nobody
         self._known = torch.tensor([True] * len(layers) + [False]).to(device)
-        self.entries = [distinct.index(pair) for pair in pairs]
-        of_layer: list[list[int]] = [[] for _ in range(num_layers)]
-        for home, group in distinct:
-            if home >= 0:
-                of_layer[home].append(group)
-        options = {"dtype": torch.float64, "device": device}
         self._layer_groups = _columns(of_layer).to(device)
-        self._entry_group = torch.tensor([group for _, group in distinct]).to(device)
-        last = num_layers  # of the scales with a 1 behind them
-        self._entry_layer = torch.tensor([home if home >= 0 else last for home, _ in distinct]).to(device)
+        self._entry_group = torch.tensor([group for _, group in place]).to(device)
+        self._entry_layer = torch.tensor([home for home, _ in place]).to(device)  # num_layers: none
         self._one = torch.ones(1, **options)
         self._count = torch.tensor(step).to(device)
         self._rates = torch.tensor(rates, dtype=torch.float64).to(device)
@@ -103,10 +99,11 @@ class Recorder:
         return self._description == (list(layers), list(groups), device)
 
     def set_rates(self, rates: Sequence[float | Tensor]) -> None:
-        """The learning rates of this step, one a group; captured, a number stays what it is now."""
-        for place, rate in zip(
-            self._rates, rates, strict=False
-        ):  # later groups are none of these parameters'
+        """The learning rates of this step, one a group; captured, a number stays what it is now.
+
+        Those of groups that were added later are left out: they hold none of these parameters.
+        """
+        for place, rate in zip(self._rates, rates, strict=False):
             if isinstance(rate, Tensor) and rate.device == place.device:
                 place.copy_(rate.detach().reshape(()))
             else:
@@ -215,6 +212,14 @@ class Recorder:
         rows = self._ring[torch.from_numpy(steps % len(self._ring)).to(self._ring.device)].cpu().numpy()
         self._taken = count
         self._history.extend(steps, rows[:, : len(RECORDED)], *np.moveaxis(rows[:, len(RECORDED) :], 1, 0))
+
+
+def _by_layer(values: Iterable[tuple[int, int]], num_layers: int) -> list[list[int]]:
+    """For each layer the values, in their order, that come with its number."""
+    found: list[list[int]] = [[] for _ in range(num_layers + 1)]
+    for value, home in values:
+        found[home].append(value)
+    return found[:num_layers]
 
 
 def _columns(lists: Sequence[Sequence[int]], filler: int | None = None) -> Tensor:

@@ -73,9 +73,8 @@ class Window:
         shape = (len(self.layer_names), self.h, self.h)
         sums = torch.zeros(shape, dtype=torch.float64, device=self._device)
         numbers = [int(step) for step in self._steps]
-        adjacent = numbers == list(
-            range(numbers[0], numbers[0] + self.h)
-        )  # no replay of a graph between them
+        # Replays of a graph may have come between them.
+        adjacent = numbers == list(range(numbers[0], numbers[0] + self.h))
         if not adjacent or any(present != self._present[0] for present in self._present):
             return sums.fill_(torch.nan)
         for same_parameter in zip(*self._gradients, strict=True):

@@ -31,7 +31,7 @@ class FakeGraph:
 
     @contextlib.contextmanager
     def capture(self):
-        """Everything in here is captured; it runs as well, on copies that replace what it has written."""
+        """Everything in here is captured. Unlike in a real graph it also runs: a capture is a step."""
         with self._patch.context() as patch:
             for module in (kernels, monitor, optimizer, recorder, triton_backend):
                 patch.setattr(module, "capturing", lambda device: True)
@@ -93,29 +93,25 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = str(function)
         if function is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("the host has asked for a value while capturing")
         results = function(*args, **kwargs)
-        inputs = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        new = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor) and id(x) not in inputs]
-        memory = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor)
-        }
-        views = [x for x in new if x.untyped_storage().data_ptr() in memory]
-        if new and len(views) == len(new):
-            return results  # no work: where it lies stays as it is
+        inputs = _tensors((args, kwargs))
+        given = set(map(id, inputs))
+        memory = {x.untyped_storage().data_ptr() for x in inputs}
+        new = [x for x in _tensors(results) if id(x) not in given]
+        if new and all(x.untyped_storage().data_ptr() in memory for x in new):
+            return results  # views are no work: where they lie stays as it is
+        without_values = str(function).startswith("aten.empty")
 
         def again():
-            for value, kept in zip(tree_leaves(function(*args, **kwargs)), tree_leaves(results), strict=True):
-                if (
-                    isinstance(kept, torch.Tensor)
-                    and id(kept) not in inputs
-                    and not name.startswith("aten.empty")
-                ):
+            for value, kept in zip(_tensors(function(*args, **kwargs)), _tensors(results), strict=True):
+                if id(kept) not in given and not without_values:
                     kept.copy_(value)
 
         self._work.append(again)
         return results
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]

@@ -1,8 +1,9 @@
 """CPU: one parallel loop over chunks of all tensors, through a table of addresses, compiled once a dtype.
 
-A chunk is worked off in blocks that fit the first-level cache: sum (reads g_t, g_{t-1}), update (reads g_t
-again, from the cache; reads and writes the parameter), so memory is passed over once. What is done is
-decided at run time by the hyperparameters and by null addresses, so that nothing is compiled twice.
+A chunk is worked off in parts: ask for the memory of a part some way ahead (the processor's own prefetching
+stops at every page), sum (reads g_t, g_{t-1}), update (reads g_t again, from the cache; reads and writes the
+parameter), so memory is passed over once. What is done is decided at run time by the hyperparameters and by
+null addresses, so that nothing is compiled twice.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from .sampling import BLOCK, GROUP, NOTHING, SIGNS
 NAME = "numba"
 
 _CHUNK = 1 << 15  # elements: the unit of work that threads share
-_PART = 1 << 10  # elements: three blocks of float64 fit the first-level cache
-_SAMPLE_PART = 1 << 12  # elements: parameters and gradients of float32 fit the first-level cache
+_PART = 1 << 7  # elements: more make the requests for memory come in bursts
+_AHEAD = 1 << 11  # bytes from a part to the one that is asked for
+_SAMPLE_PART = 1 << 11  # elements: parameters and gradients fit the first-level cache
 _SERIAL = 1 << 15  # elements in all below which waking other threads costs more than they save
 
 # The storage type that stands for a dtype in compiled code; half types travel as their bits.
@@ -39,6 +41,7 @@ _STORAGE = {
 DTYPES = tuple(_STORAGE)
 _NO_ADDRESSES = np.zeros(0, np.int64)
 _NO_SCALE = np.zeros(0)
+_NO_SUMS = np.zeros((0, 0))
 
 
 def unavailable(device: torch.device) -> str:
@@ -113,6 +116,8 @@ class Batch:
             self._itemsize,
             self._tag,
             self._partials,
+            self._layer_bounds,
+            out.numpy() if prevs is not None else _NO_SUMS,
         )
         numba.set_num_threads(threads)
         if self._sample is None or prevs is None:
@@ -122,8 +127,6 @@ class Batch:
         # Starting its threads, numba sets OpenMP's number of threads, which is torch's as well.
         if torch.get_num_threads() != of_torch:
             torch.set_num_threads(of_torch)
-        if prevs is not None:
-            _reduce(self._partials, self._layer_bounds, out.numpy())
 
     def _share(self, threads: int) -> np.ndarray:
         """Chunks [share[t], share[t + 1]) are thread t's: an equal number of elements each."""
@@ -338,44 +341,19 @@ def _sum_group(typing_context, g, number, kept, tag, accumulators):
     return types.void(address, address, address, tag, address), generate
 
 
-# One loop per form of the update: a branch inside would keep them from vectorising.
+@intrinsic
+def _prefetch(typing_context, address):
+    """Ask for the cache line at `address`."""
 
+    def generate(context, builder, signature, args):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
+        to_read, near, data = (ir.Constant(number, value) for value in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(args[0], byte), to_read, near, data])
+        return context.get_dummy_value()
 
-@njit(nogil=True, cache=True)
-def _descend(p, g, lr, sign):
-    for i in range(p.size):
-        p[i] = _store(p[i], _fma(-lr, sign * _load(g[i]), _load(p[i])))
-
-
-@njit(nogil=True, cache=True)
-def _descend_decayed(p, g, lr, sign, weight_decay):
-    for i in range(p.size):
-        x = _load(p[i])
-        p[i] = _store(p[i], _fma(-lr, _fma(weight_decay, x, sign * _load(g[i])), x))
-
-
-@njit(nogil=True, cache=True)
-def _descend_momentum(p, g, buf, lr, sign, decay, gain, weight_decay):
-    for i in range(p.size):
-        x = _load(p[i])
-        d = sign * _load(g[i])
-        if weight_decay != 0:
-            d = _fma(weight_decay, x, d)
-        b = _fma(gain, d, decay * _load(buf[i]))
-        buf[i] = _store(buf[i], b)
-        p[i] = _store(p[i], _fma(-lr, b, x))
-
-
-@njit(nogil=True, cache=True)
-def _descend_nesterov(p, g, buf, lr, sign, decay, gain, weight_decay, lookahead):
-    for i in range(p.size):
-        x = _load(p[i])
-        d = sign * _load(g[i])
-        if weight_decay != 0:
-            d = _fma(weight_decay, x, d)
-        b = _fma(gain, d, decay * _load(buf[i]))
-        buf[i] = _store(buf[i], b)
-        p[i] = _store(p[i], _fma(-lr, _fma(lookahead, b, d), x))
+    return types.void(types.int64), generate
 
 
 @njit(nogil=True, cache=True)
@@ -384,8 +362,76 @@ def _copy(to, source):
         to[i] = source[i]
 
 
+# The forms of the update, of one element; `d` is its gradient.
+
+
+@njit(nogil=True)
+def _nothing(p, buf, i, d, lr, decay, gain, weight_decay, lookahead):
+    pass
+
+
+@njit(nogil=True)
+def _descend(p, buf, i, d, lr, decay, gain, weight_decay, lookahead):
+    x = _load(p[i])
+    if weight_decay != 0:
+        d = _fma(weight_decay, x, d)
+    p[i] = _store(p[i], _fma(-lr, d, x))
+
+
+@njit(nogil=True)
+def _descend_momentum(p, buf, i, d, lr, decay, gain, weight_decay, lookahead):
+    x = _load(p[i])
+    if weight_decay != 0:
+        d = _fma(weight_decay, x, d)
+    b = _fma(gain, d, decay * _load(buf[i]))
+    buf[i] = _store(buf[i], b)
+    p[i] = _store(p[i], _fma(-lr, _fma(lookahead, b, d) if lookahead != 0 else b, x))
+
+
+def _loop(update, measured):
+    """The pass over a chunk with one form of the update: a call for every part would cost as much as it."""
+    updated, buffered = update is not _nothing, update is _descend_momentum
+
+    @njit(nogil=True)
+    def loop(p, g, q, buf, copy, n, room, lr, sign, decay, gain, weight_decay, lookahead, itemsize, tag):
+        dot = sq_norm = diff_sq_norm = prev_sq_norm = 0.0
+        for start in range(0, n, _PART):
+            offset = start * itemsize
+            size = min(_PART, n - start)
+            for line in range(offset + _AHEAD, min(offset + _AHEAD + _PART * itemsize, room * itemsize), 64):
+                _prefetch(g + line)
+                if measured:
+                    _prefetch(q + line)
+                if updated:
+                    _prefetch(p + line)
+                if buffered:
+                    _prefetch(buf + line)
+            x = numba.carray(_pointer(p + offset, tag), size)
+            y = numba.carray(_pointer(g + offset, tag), size)
+            z = numba.carray(_pointer(q + offset, tag), size)
+            m = numba.carray(_pointer(buf + offset, tag), size)
+            if measured:
+                sums = _sum(y, z)
+                dot += sums[0]
+                sq_norm += sums[1]
+                diff_sq_norm += sums[2]
+                prev_sq_norm += sums[3]
+            for i in range(size):  # apart from the sums, whose order would depend on where the arrays lie
+                update(x, m, i, sign * _load(y[i]), lr, decay, gain, weight_decay, lookahead)
+            if measured and copy:
+                _copy(z, y)
+        return dot, sq_norm, diff_sq_norm, prev_sq_norm
+
+    return loop
+
+
+_measure = _loop(_nothing, True)
+_update, _measure_update = _loop(_descend, False), _loop(_descend, True)
+_update_momentum, _measure_update_momentum = _loop(_descend_momentum, False), _loop(_descend_momentum, True)
+
+
 @njit(nogil=True, cache=True)
-def _chunk(p, g, q, buf, copy, n, row, scale, itemsize, tag):
+def _chunk(p, g, q, buf, copy, n, room, row, scale, itemsize, tag):
     """Sum and update `n` elements at the addresses `p`, `g`, `q`, `buf`; 0 leaves its part out."""
     scalar = _load(tag[0])
     lr = scalar + type(scalar)(row[0] * scale)
@@ -394,42 +440,45 @@ def _chunk(p, g, q, buf, copy, n, row, scale, itemsize, tag):
     weight_decay = scalar + type(scalar)(row[3])
     lookahead = scalar + type(scalar)(row[4])
     sign = scalar + type(scalar)(row[5])
-    dot = sq_norm = diff_sq_norm = prev_sq_norm = 0.0
-    # Parts are for what is read twice.
-    part = _PART if p != 0 else n
-    for start in range(0, n, part):
-        size = min(part, n - start)
-        offset = start * itemsize
-        g_block = numba.carray(_pointer(g + offset, tag), size)
-        if q != 0:
-            q_block = numba.carray(_pointer(q + offset, tag), size)
-            sums = _sum(g_block, q_block)
-            dot += sums[0]
-            sq_norm += sums[1]
-            diff_sq_norm += sums[2]
-            prev_sq_norm += sums[3]
-            if copy:
-                _copy(q_block, g_block)
-        if p != 0:
-            p_block = numba.carray(_pointer(p + offset, tag), size)
-            if buf != 0:
-                b_block = numba.carray(_pointer(buf + offset, tag), size)
-                if lookahead != 0:
-                    _descend_nesterov(
-                        p_block, g_block, b_block, lr, sign, decay, gain, weight_decay, lookahead
-                    )
-                else:
-                    _descend_momentum(p_block, g_block, b_block, lr, sign, decay, gain, weight_decay)
-            elif weight_decay != 0:
-                _descend_decayed(p_block, g_block, lr, sign, weight_decay)
-            else:
-                _descend(p_block, g_block, lr, sign)
-    return dot, sq_norm, diff_sq_norm, prev_sq_norm
+    given = (p, g, q, buf, copy, n, room, lr, sign, decay, gain, weight_decay, lookahead, itemsize, tag)
+    if p == 0:
+        return _measure(*given)
+    if buf == 0:
+        return _measure_update(*given) if q != 0 else _update(*given)
+    return _measure_update_momentum(*given) if q != 0 else _update_momentum(*given)
+
+
+@njit(nogil=True, cache=True)
+def _reduce(partials, bounds, out):
+    """Sum the chunks of each layer, in their order: the same bits for any number of threads."""
+    for layer in range(bounds.size - 1):
+        for s in range(partials.shape[1]):
+            total = 0.0
+            for c in range(bounds[layer], bounds[layer + 1]):
+                total += partials[c, s]
+            out[s, layer] = total if np.isfinite(total) else np.nan
 
 
 @njit(nogil=True, cache=True, parallel=True)
 def _step(
-    p, g, q, buf, copy, rows, hyper, scale, scale_of, tensor, start, stop, share, itemsize, tag, partials
+    p,
+    g,
+    q,
+    buf,
+    copy,
+    rows,
+    hyper,
+    scale,
+    scale_of,
+    tensor,
+    start,
+    stop,
+    share,
+    itemsize,
+    tag,
+    partials,
+    bounds,
+    out,
 ):
     for thread in prange(share.size - 1):
         for c in range(share[thread], share[thread + 1]):
@@ -442,6 +491,7 @@ def _step(
                 buf[k] + offset if buf.size and buf[k] else 0,
                 copy.size > 0 and copy[k],
                 stop[c] - start[c],
+                stop[c] - start[c],
                 hyper[rows[k] if p.size else 0],
                 scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0,
                 itemsize,
@@ -451,6 +501,8 @@ def _step(
             partials[c, 1] = sums[1]
             partials[c, 2] = sums[2]
             partials[c, 3] = sums[3]
+    if out.size:
+        _reduce(partials, bounds, out)
 
 
 @njit(nogil=True, cache=True)
@@ -497,6 +549,8 @@ def _sample_step(
     itemsize,
     tag,
     partials,
+    bounds,
+    out,
     number,
     origin,
     stratum,
@@ -521,6 +575,7 @@ def _sample_step(
                         buf[k] + offset if buf.size and buf[k] else 0,
                         False,
                         min(stop[c] - at, part),
+                        stop[c] - at,
                         hyper[rows[k] if p.size else 0],
                         scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0,
                         itemsize,
@@ -536,14 +591,4 @@ def _sample_step(
             partials[c, :4] = total[0]
             partials[c, 4:7] = total[1, :3]
             partials[c, 7], partials[c, 8], partials[c, 9] = total[2, 0], total[2, 2], total[2, 1]
-
-
-@njit(nogil=True, cache=True)
-def _reduce(partials, bounds, out):
-    """Sum the chunks of each layer, in their order: the same bits for any number of threads."""
-    for layer in range(bounds.size - 1):
-        for s in range(partials.shape[1]):
-            total = 0.0
-            for c in range(bounds[layer], bounds[layer + 1]):
-                total += partials[c, s]
-            out[s, layer] = total if np.isfinite(total) else np.nan
+    _reduce(partials, bounds, out)

@@ -258,8 +258,8 @@ def _run(options: argparse.Namespace) -> int:
     if rows:
         plot.draw(rows, out / "kernels")
         print(
-            f"\nratio: to {contenders.BASE}, with momentum to {contenders.BASE_MOMENTUM}, "
-            "the median of paired rounds"
+            f"\nratio: to {contenders.BASE}, with momentum to {contenders.BASE_MOMENTUM}, with adaptation to "
+            "OscGD without, the median of paired rounds"
         )
         print(f"files: {out}/kernels.csv, kernels.png, kernels.svg")
     return 0

@@ -20,7 +20,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from . import addresses
+from . import Tensors, addresses
 from .sampling import BLOCK, GROUP, NOTHING, SIGNS
 
 NAME = "numba"
@@ -139,6 +139,8 @@ class Batch:
 
 
 def _addresses_of_some(tensors: Sequence[Tensor | None]) -> np.ndarray:
+    if isinstance(tensors, Tensors):
+        return tensors.addresses
     return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from . import kernels, measures
 from .adapt import Adapter
@@ -38,7 +39,7 @@ SAMPLE = "prev_sample"
 SAMPLE_LAYOUT = "prev_sample_layout"
 """Key of the strides that these blocks were cut by, and of what decided on them."""
 
-_GRAD, _DTYPE, _REQUIRES_GRAD, _VERSION = map(attrgetter, ("grad", "dtype", "requires_grad", "_version"))
+_GRAD, _VERSION = map(attrgetter, ("grad", "_version"))
 
 _PLANS = 8  # patterns of missing gradients whose plans are kept
 
@@ -133,11 +134,7 @@ class Engine:
         self._plain = all(slot.outer is slot.param for slot in self.slots)
         self._everyone = list(range(len(self.slots)))
         self._addresses = [slot.address for slot in self.slots]
-        self._sizes = [slot.param.numel() for slot in self.slots]
-        self._dtypes = [slot.param.dtype for slot in self.slots]
-        self._devices = [slot.param.get_device() for slot in self.slots]
-        self._strides = [slot.stride for slot in self.slots]
-        self._contiguous = all(slot.param.is_contiguous() for slot in self.slots)
+        self._guards = _guards([slot.param for slot in self.slots])
         devices = dict.fromkeys(slot.param.device for slot in self.slots)
         self.backends = {device: kernels.backend(backend, device) for device in devices}
         self.backend = "+".join(dict.fromkeys(module.NAME for module in self.backends.values()))
@@ -172,6 +169,8 @@ class Engine:
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._by_reference = False
         """Whether all previous gradients are those of the last step themselves."""
+        self._samples: kernels.Tensors | None = None
+        """The kept blocks of all parameters, where all are measured and theirs fit their gradients."""
         self._state_dicts: list[dict[str, Any]] = []
         self._all_measured = all(slot.layer >= 0 for slot in self.slots)
         self._rates: dict[tuple[float, ...], np.ndarray] = {}
@@ -191,10 +190,8 @@ class Engine:
             return True
         if not all(map(is_, states.values(), self._known_states)):
             return True
-        params = self.params if self._plain else list(map(bare, self.params))
-        return (
-            list(map(Tensor.data_ptr, params)) != self._addresses or list(map(_DTYPE, params)) != self._dtypes
-        )
+        params = self.params if self._plain else map(bare, self.params)
+        return list(map(Tensor.data_ptr, params)) != self._addresses  # of another dtype, it lies elsewhere
 
     def drop_spoiled(self) -> None:
         """Forget previous gradients that have been written to, or whose state has been taken away: whoever
@@ -221,7 +218,7 @@ class Engine:
         """
         if not layers:
             return
-        self._prev, self._by_reference = list(self._prev), False
+        self._prev, self._by_reference, self._samples = list(self._prev), False, None
         for i, slot in enumerate(self.slots):
             if slot.home in layers and slot.state is not None:
                 self._prev[i] = slot.sample = None
@@ -234,6 +231,11 @@ class Engine:
             slot.state = self._states[slot.outer]
             self._known_states.append(slot.state)
         return slot.state
+
+    def entries(self, key: str) -> kernels.Tensors | None:
+        """What the parameters' states hold under `key`, if each is a tensor like its parameter."""
+        found = kernels.Tensors(slot.state.get(key) if slot.state else None for slot in self.slots)
+        return found if self._plain and self._guards.check(*found) else None
 
     def correlation(self) -> Tensor:
         """Latest mu of each layer: float64, shape (L,)."""
@@ -295,7 +297,7 @@ class Engine:
         for slot in self.slots:
             slot.sample = slot.state = None
         self._state_dicts, self._known_states = [], []
-        self._prev, self._by_reference = [None] * len(self.slots), False
+        self._prev, self._by_reference, self._samples = [None] * len(self.slots), False, None
         self._kept, self.windows = [], []
 
     def gradients(self) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
@@ -312,7 +314,7 @@ class Engine:
         if self.ranks is not None:
             self.ranks.check()
         grads = kernels.Tensors(map(_GRAD, self.params))
-        if self._regular(grads):
+        if self._plain and self._guards.check(*grads):  # the usual case, told at C's speed
             self.fits = True
             return grads, grads
         wholes: Sequence[Tensor | None] = list(grads)
@@ -339,26 +341,6 @@ class Engine:
             elif g.stride() != slot.stride:
                 grads[i], self.fits = _like(slot, g), False
         return grads, wholes
-
-    def _regular(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether every parameter has a gradient that is like it: the usual case, told at C's speed."""
-        if not self._plain:
-            return False
-        try:
-            if self._contiguous:  # makes no tuples, which the garbage collector would count
-                alike = all(map(Tensor.is_contiguous, grads))
-            else:
-                alike = list(map(Tensor.stride, grads)) == self._strides
-            return (
-                alike
-                and list(map(Tensor.numel, grads)) == self._sizes
-                and list(map(_DTYPE, grads)) == self._dtypes
-                and list(map(Tensor.get_device, grads)) == self._devices
-                and not any(map(_REQUIRES_GRAD, grads))
-                and not any(map(Tensor.is_neg, grads))
-            )
-        except (TypeError, AttributeError, RuntimeError):  # there is none, or a sparse one
-            return False
 
     def check_capture(self, grads: Sequence[Tensor | None]) -> None:
         """Raise where a step with these gradients could not be captured in a CUDA graph.
@@ -433,7 +415,7 @@ class Engine:
         changed = self._changed(grads, present) if self._recorder is not None else None
         row = self._record.next_row(self.device) if measured else None
         if self._drawn is not None and (measured or keep):
-            prevs, lost = self._kept_samples(grads, present)
+            prevs, lost = self._kept_samples(grads, present, regular)
             sums = torch.zeros((10, len(self.layer_names)), dtype=torch.float64, device=self.device)
         elif self._drawn is None and measured:
             prevs, copies, lost = self._pairs(grads, wholes, present)
@@ -540,8 +522,11 @@ class Engine:
             if self._adapter.lag == 0:
                 row[5] = self._adapter.scale
 
-    def _kept_samples(self, grads, present) -> tuple[list, list[int]]:
+    def _kept_samples(self, grads, present, regular: bool) -> tuple[list, list[int]]:
         """The kept blocks of the previous gradients, and the layers that have no valid pair."""
+        if regular and self._samples is not None and self._kept is present:
+            return self._samples, []
+        self._samples = None
         lost: set[int] = set()
         if self._kept != present and self._recorder is None:
             changed = set(self._kept).symmetric_difference(present)
@@ -559,6 +544,8 @@ class Engine:
                 lost.add(slot.layer)
                 self._make_sample(i, grads[i])
             kept[i] = slot.sample
+        if regular and self._all_measured:
+            self._samples = kept = kernels.Tensors(kept)
         self._kept = present
         return kept, sorted(lost - {-1})
 
@@ -788,6 +775,20 @@ def _ranks(names, params, layers, settings: dict[str, Any], known: Ranks | None)
     if known is not None and known.description == describe(names, params, layers, settings):
         return known
     return Ranks(names, params, layers, settings)
+
+
+def _guards(params: Sequence[Tensor]) -> TensorGuards:
+    """What tells at C's speed whether gradients are like `params`: in class, shape, strides (where they
+    matter), dtype, device, layout, without a history of their own or a mark that their memory is negated.
+    """
+    return TensorGuards(
+        *(p.detach() for p in params),
+        dynamic_dims_sizes=[list(p.shape) for p in params],
+        dynamic_dims_strides=[
+            [stride if size > 1 else None for stride, size in zip(p.stride(), p.shape, strict=True)]
+            for p in params
+        ],
+    )
 
 
 def _placed(slot: Slot, grad: Tensor | None) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -271,21 +271,9 @@ class OscGD(Optimizer):
         if tuple(hyper) != self._hyper:
             self._hyper = tuple(hyper)
         differentiable = any(group["differentiable"] for group in self.param_groups)
-        bufs: list[Tensor | None] | None = None
-        rows = engine.rows
+        bufs, rows = None, engine.rows
         if any(row[1] for row in hyper) and not differentiable:
-            bufs, rows = [None] * len(grads), list(rows)
-            for i, slot in enumerate(engine.slots):
-                if grads[i] is not None and hyper[rows[i]][1]:
-                    state = engine.state(slot)
-                    buf = state.get("momentum_buffer")
-                    if buf is None:
-                        buf = state["momentum_buffer"] = torch.zeros_like(slot.outer)
-                        rows[i] += 1
-                    if buf.dtype != slot.outer.dtype or buf.stride() != slot.outer.stride():
-                        # Somebody's own: kernels need it like its parameter.
-                        buf = state["momentum_buffer"] = torch.empty_like(slot.outer).copy_(buf)
-                    bufs[i] = buf if slot.outer is slot.param else bare(buf)
+            bufs, rows = self._buffers(engine, grads, grads is wholes, hyper)
         step = self.param_groups[0]["step"]
         rates = tuple(row[0] for row in hyper[::2])
         if self._recorder is not None:
@@ -311,6 +299,29 @@ class OscGD(Optimizer):
         if self._recorder is None:
             for group, lr in zip(self.param_groups, rates, strict=True):
                 group["step"], group["prev_lr"] = step + 1, lr
+
+    def _buffers(
+        self, engine: Engine, grads: Sequence[Tensor | None], regular: bool, hyper: list[tuple[float, ...]]
+    ) -> tuple[Sequence[Tensor | None], list[int]]:
+        """The momentum buffers, and the rows of `hyper`: in a buffer's first step, the one for that."""
+        if regular and all(row[1] for row in hyper[::2]):
+            everyone = engine.entries("momentum_buffer")
+            if everyone is not None:
+                return everyone, engine.rows
+        bufs: list[Tensor | None] = [None] * len(grads)
+        rows = list(engine.rows)
+        for i, slot in enumerate(engine.slots):
+            if grads[i] is not None and hyper[rows[i]][1]:
+                state = engine.state(slot)
+                buf = state.get("momentum_buffer")
+                if buf is None:
+                    buf = state["momentum_buffer"] = torch.zeros_like(slot.outer)
+                    rows[i] += 1
+                if buf.dtype != slot.outer.dtype or buf.stride() != slot.outer.stride():
+                    # Somebody's own: kernels need it like its parameter.
+                    buf = state["momentum_buffer"] = torch.empty_like(slot.outer).copy_(buf)
+                bufs[i] = buf if slot.outer is slot.param else bare(buf)
+        return bufs, rows
 
     def _check_capture(self, engine: Engine, grads: list[Tensor | None]) -> None:
         """Raise where a step could not be captured in a CUDA graph."""

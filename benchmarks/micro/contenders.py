@@ -139,7 +139,7 @@ def _compiled(params, grads):
 def contenders(backends: Sequence[str], *, compiled: bool = True) -> list[Contender]:
     """All of them; OscGD with each of `backends`, the first of which does the variants too."""
     sgd, momentum = torch.optim.SGD, {"momentum": 0.9}
-    fastest = {"backend": backends[0]}
+    fastest, plain = {"backend": backends[0]}, f"oscgd {backends[0]}"
     return [
         Contender(CEILING, _copy, 2, own=2),
         Contender(READING, _read, 2, own=2),
@@ -149,7 +149,7 @@ def contenders(backends: Sequence[str], *, compiled: bool = True) -> list[Conten
         *(Contender(f"oscgd {name}", _optimizer(OscGD, backend=name), 4) for name in backends),
         Contender("oscgd every=10", _optimizer(OscGD, every=10, **fastest), 3.1, repeat=10),
         Contender("oscgd sample=1/16", _optimizer(OscGD, sample=1 / 16, **fastest), 3 + 2 / 16),
-        Contender("oscgd adapt", _optimizer(OscGD, adapt="auto", **fastest), 4),
+        Contender("oscgd adapt", _optimizer(OscGD, adapt="auto", **fastest), 4, base=plain),
         Contender("oscgd momentum", _optimizer(OscGD, **momentum, **fastest), 6, own=1, base=BASE_MOMENTUM),
         Contender("sgd fused + monitor", _monitor, 5),
         Contender("sgd + cosine_similarity loop", _with_loop(_cosine_loop), 7, own=1),

@@ -35,6 +35,7 @@ def test_a_small_run(tmp_path, capsys):
     of = {r["contender"]: r for r in rows}
     assert float(of["sgd fused"]["ratio"]) == 1 and of["sgd fused momentum"]["base"] == "sgd fused"
     assert of["oscgd momentum"]["base"] == "sgd fused momentum"
+    assert of["oscgd adapt"]["base"] == "oscgd numba"
     extra = {name: float(r["extra_bytes_per_parameter"]) for name, r in of.items()}
     assert extra["oscgd numba"] == 4 and extra["sgd fused"] == 0 and extra["oscgd momentum"] == 8
     for name in ("kernels.png", "kernels.svg"):

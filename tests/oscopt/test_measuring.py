@@ -107,6 +107,31 @@ def test_normal_case_keeps_the_tensor_itself():
     assert all(optimizer.state[p]["prev_grad"] is p.grad for p in net.parameters())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_usual_gradients_are_told_at_once(memory_format):
+    """Those of real convolutions, of size 1 too, need no look at each; an unusual one among them does."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(144, 2)
+    )
+    net.to(DEVICE, memory_format=memory_format)
+    optimizer = OscGD(net.named_parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(5, 3, 8, 8, device=DEVICE).to(memory_format=memory_format)).square().sum().backward()
+        optimizer.step()
+        grads, wholes = optimizer._engine.gradients()
+        assert grads is wholes
+    assert optimizer._engine.entries("momentum_buffer") is not None
+    p = net[0].weight
+    whole = p.grad
+    for unusual in (None, whole.clone().requires_grad_(), torch._neg_view(-whole), nn.Parameter(whole)):
+        p.grad = unusual
+        grads, wholes = optimizer._engine.gradients()
+        assert grads is not wholes
+        assert grads[0] is None or (torch.equal(grads[0], whole) and not grads[0].requires_grad)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("every", [2, 3, 5])
 def test_every(every, set_to_none):

@@ -104,6 +104,31 @@ def test_changing_hyperparameters(lr):
     assert_same(*results, exactly=DEVICE == "cpu")
 
 
+def test_momentum_buffers_of_others():
+    """One taken away begins anew, as in SGD; one of another dtype or layout goes on with its values."""
+    changes = [
+        lambda buf: buf,
+        lambda buf: None,
+        lambda buf: buf.double(),
+        lambda buf: buf.t().contiguous().t(),
+        lambda buf: buf.clone().requires_grad_(),
+    ]
+    ours, theirs = ([nn.Parameter(torch.ones(4, 3)) for _ in range(2)] for _ in range(2))
+    options = {"lr": 0.1, "momentum": 0.9}
+    pairs = (OscGD(ours, **options), ours), (torch.optim.SGD(theirs, **options), theirs)
+    for step, change in enumerate(changes):
+        for optimizer, params in pairs:
+            if step:
+                state = optimizer.state[params[1]]
+                buf = state["momentum_buffer"]
+                state["momentum_buffer"] = change(buf) if optimizer is pairs[0][0] or step == 1 else buf
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, step - 1.5 + i)
+            optimizer.step()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
 def test_missing_gradients():
     """Parameters without a gradient in some steps: left alone, as SGD leaves them."""
     results = []

@@ -52,6 +52,9 @@ def parser() -> Parser:
         "--threads", nargs="+", type=positive(int), metavar="N", help="of the CPU (default: torch's)"
     )
     p.add_argument("--seconds", type=positive(float), help="for each set (default: 30)")
+    p.add_argument(
+        "--contenders", metavar="NAME,...", help="these, and what they are compared to (default: all)"
+    )
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     p.add_argument("--cold", action="store_true", help="empty the caches before each step, as training does")
     p.add_argument("--markdown", metavar="CSV", help="print the tables of such a file, and do nothing else")
@@ -81,6 +84,25 @@ def chosen_sets(options: argparse.Namespace, gpu: bool) -> list:
         return [model_set(name) for name in names] + [flat_set(text) for text in sizes or ()]
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def chosen_contenders(options: argparse.Namespace, names: list[str]) -> list:
+    """What the command line names, and what the tables and the plot need.
+
+    Raises:
+        UserError: one is unknown.
+    """
+    from micro.contenders import BASE, CEILING, contenders
+    from study.errors import UserError
+
+    found = {c.name: c for c in contenders(names, compiled=not (options.quick or options.no_compile))}
+    if options.contenders is None:
+        return list(found.values())
+    wanted = options.contenders.split(",")
+    if unknown := [name for name in wanted if name not in found]:
+        raise UserError(f"--contenders: there is no {unknown[0]!r}; there are {', '.join(found)}")
+    wanted += [CEILING, BASE, *(found[name].base for name in wanted)]
+    return [c for name, c in found.items() if name in wanted]
 
 
 def backends(device) -> list[str]:
@@ -219,8 +241,7 @@ def _run(options: argparse.Namespace) -> int:
     check_device(name)
     device = torch.device(name)
     sets = chosen_sets(options, device.type == "cuda")
-    names = backends(device)
-    chosen = contenders.contenders(names, compiled=not (options.quick or options.no_compile))
+    chosen = chosen_contenders(options, backends(device))
     seconds = options.seconds or (QUICK["seconds"] if options.quick else 30.0)
     out = Path(options.out)
     try:

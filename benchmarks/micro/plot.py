@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from .contenders import CEILING, READING
+from .contenders import BASE, CEILING, READING
 
 _OURS, _PLAIN, _OTHERS = "#1f4e79", "#444444", "#d1495b"
 
@@ -108,6 +108,7 @@ def _labels(axis: Axes, points: Sequence[tuple[str, float, float, str]], x: floa
 
 def _sweep(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
     ends = []
+    base = {(r["elements"], r["tensors"]): r["median_ms"] for r in rows if r["contender"] == BASE}
     for name in dict.fromkeys(row["contender"] for row in rows):
         if name in (CEILING, READING) or name.startswith("adamw"):
             continue
@@ -115,7 +116,8 @@ def _sweep(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
         for many, style in ((False, "-"), (True, "none")):
             of = [r for r in rows if r["contender"] == name and (r["tensors"] > 1) == many]
             of.sort(key=lambda r: r["elements"])
-            x, y = [r["elements"] for r in of], [r["ratio"] for r in of]
+            x = [r["elements"] for r in of]
+            y = [r["median_ms"] / base[r["elements"], r["tensors"]] for r in of]
             axis.plot(x, y, marker, ls=style, color=colour, ms=4, lw=0.9, mfc="none" if many else colour)
             if of and (not many or not ends or ends[-1][0] != name):
                 ends.append((name, x[-1], y[-1], colour))

@@ -92,6 +92,13 @@ def test_ratios_are_paired_by_round():
     assert statistics.median(other.step_ms) / statistics.median(base.step_ms) == 2
 
 
+def test_some_contenders_and_what_they_are_compared_to(tmp_path):
+    arguments = ["--sizes", "1e3", "--seconds", "0.1", "--device", "cpu", "--contenders", "oscgd adapt"]
+    assert kernels.main([*arguments, "--out", str(tmp_path)]) == 0
+    names = [r["contender"] for r in rows_in(tmp_path)]
+    assert names == ["copy", "sgd fused", "oscgd numba", "oscgd adapt"]
+
+
 def test_not_enough_memory_skips_the_set(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "bytes_free", lambda device: 10**6)
     arguments = ["--sizes", "1e3", "1e6", "--seconds", "0.1", "--cold", "--device", "cpu", "--no-compile"]
@@ -113,6 +120,7 @@ def test_not_enough_memory_skips_the_set(tmp_path, capsys, monkeypatch):
         (["--device", "nonsense"], "--device nonsense cannot be used here"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--out", "/dev/null/x"], "--out /dev/null/x"),
+        (["--contenders", "adam"], "--contenders: there is no 'adam'; there are copy, read two arrays, sgd"),
     ],
 )
 def test_bad_input(arguments, words, capsys):

@@ -391,7 +391,7 @@ def _descend_momentum(p, buf, i, d, lr, decay, gain, weight_decay, lookahead):
 
 
 def _loop(update, measured):
-    """The pass over a chunk with one form of the update: a call for every part would cost as much as it."""
+    """The pass over a chunk with one form of the update: a call for every part would take a tenth more."""
     updated, buffered = update is not _nothing, update is _descend_momentum
 
     @njit(nogil=True)
@@ -418,7 +418,7 @@ def _loop(update, measured):
                 sq_norm += sums[1]
                 diff_sq_norm += sums[2]
                 prev_sq_norm += sums[3]
-            for i in range(size):  # apart from the sums, whose order would depend on where the arrays lie
+            for i in range(size):
                 update(x, m, i, sign * _load(y[i]), lr, decay, gain, weight_decay, lookahead)
             if measured and copy:
                 _copy(z, y)

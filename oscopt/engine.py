@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from . import kernels, measures
 from .adapt import Adapter
@@ -235,7 +234,7 @@ class Engine:
     def entries(self, key: str) -> kernels.Tensors | None:
         """What the parameters' states hold under `key`, if each is a tensor like its parameter."""
         found = kernels.Tensors(slot.state.get(key) if slot.state else None for slot in self.slots)
-        return found if self._plain and self._guards.check(*found) else None
+        return found if self._alike(found) else None
 
     def correlation(self) -> Tensor:
         """Latest mu of each layer: float64, shape (L,)."""
@@ -314,7 +313,7 @@ class Engine:
         if self.ranks is not None:
             self.ranks.check()
         grads = kernels.Tensors(map(_GRAD, self.params))
-        if self._plain and self._guards.check(*grads):  # the usual case, told at C's speed
+        if self._alike(grads):
             self.fits = True
             return grads, grads
         wholes: Sequence[Tensor | None] = list(grads)
@@ -341,6 +340,10 @@ class Engine:
             elif g.stride() != slot.stride:
                 grads[i], self.fits = _like(slot, g), False
         return grads, wholes
+
+    def _alike(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether each is like its parameter: the usual case."""
+        return self._plain and self._guards is not None and self._guards.check(*tensors)
 
     def check_capture(self, grads: Sequence[Tensor | None]) -> None:
         """Raise where a step with these gradients could not be captured in a CUDA graph.
@@ -777,18 +780,25 @@ def _ranks(names, params, layers, settings: dict[str, Any], known: Ranks | None)
     return Ranks(names, params, layers, settings)
 
 
-def _guards(params: Sequence[Tensor]) -> TensorGuards:
-    """What tells at C's speed whether gradients are like `params`: in class, shape, strides (where they
+def _guards(params: Sequence[Tensor]) -> Any:
+    """What tells at C's speed whether tensors are like `params`: in class, shape, strides (where they
     matter), dtype, device, layout, without a history of their own or a mark that their memory is negated.
+
+    None: this torch has none (they are torch.compile's own), and each gradient is looked at instead.
     """
-    return TensorGuards(
-        *(p.detach() for p in params),
-        dynamic_dims_sizes=[list(p.shape) for p in params],
-        dynamic_dims_strides=[
-            [stride if size > 1 else None for stride, size in zip(p.stride(), p.shape, strict=True)]
-            for p in params
-        ],
-    )
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(
+            *(p.detach() for p in params),
+            dynamic_dims_sizes=[list(p.shape) for p in params],
+            dynamic_dims_strides=[
+                [stride if size > 1 else None for stride, size in zip(p.stride(), p.shape, strict=True)]
+                for p in params
+            ],
+        )
+    except (ImportError, TypeError):
+        return None
 
 
 def _placed(slot: Slot, grad: Tensor | None) -> Tensor | None:

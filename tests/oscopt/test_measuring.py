@@ -132,6 +132,16 @@ def test_usual_gradients_are_told_at_once(memory_format):
         assert grads[0] is None or (torch.equal(grads[0], whole) and not grads[0].requires_grad)
 
 
+def test_a_torch_without_guards(monkeypatch):
+    """Then each gradient is looked at: the same run."""
+    net, optimizer, _ = recorded_run("auto", 4)
+    monkeypatch.setattr("oscopt.engine._guards", lambda params: None)
+    other, slower, _ = recorded_run("auto", 4)
+    assert slower._engine.entries("momentum_buffer") is None
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+    np.testing.assert_array_equal(slower.history.correlation(), optimizer.history.correlation())
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("every", [2, 3, 5])
 def test_every(every, set_to_none):

@@ -35,9 +35,14 @@ def sums(grad: Tensor, prev: Tensor) -> Tensor:
     return total
 
 
-def _sample(drawn: Drawn, number: Tensor, signs: Tensor, grad: Tensor, kept: Tensor) -> Tensor:
-    """The four sums and six moments of the drawn blocks, float64, shape (10,); they are kept."""
-    flat = grad.as_strided((grad.numel(),), (1,)) if dense(grad) else grad.reshape(-1)
+def _sample(
+    drawn: Drawn, number: Tensor, signs: Tensor, in_memory: bool, grad: Tensor, kept: Tensor
+) -> Tensor:
+    """The four sums and six moments of the drawn blocks, float64, shape (10,); they are kept.
+
+    `in_memory`: the blocks are of the gradient as it lies in memory, else of its elements in their order.
+    """
+    flat = grad.as_strided((grad.numel(),), (1,)) if in_memory else grad.reshape(-1)
     element = number[:, None] * BLOCK + torch.arange(BLOCK, device=grad.device)
     blocks = flat[element.clamp_max(len(flat) - 1)].masked_fill_(element >= len(flat), 0)
     g, q = blocks.double(), kept.view(blocks.shape).double()
@@ -61,7 +66,10 @@ class Batch:
         if drawn is not None:
             signs = torch.tensor(SIGNS, dtype=torch.float64, device=params[0].device)
             numbers = (torch.from_numpy(d.number).to(params[0].device).long() for d in drawn)
-            self._measures = [partial(_sample, *each, signs) for each in zip(drawn, numbers, strict=True)]
+            self._measures = [
+                partial(_sample, d, number, signs, dense(p))
+                for d, number, p in zip(drawn, numbers, params, strict=True)
+            ]
         self._drawn = drawn
 
     def prepare_capture(self) -> None:

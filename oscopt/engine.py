@@ -335,6 +335,8 @@ class Engine:
                 g = grads[i] = g.detach()
             if g.is_neg():  # a mark that its memory holds the negative, as of an imaginary part
                 g = grads[i] = g.resolve_neg()
+            if g._is_zerotensor():  # a mark that it is zeros and has no memory
+                g = grads[i] = torch.zeros_like(slot.param, dtype=g.dtype)
             if g.device != slot.device:
                 self.fits = False
             elif g.stride() != slot.stride:

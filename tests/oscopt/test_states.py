@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers import BACKENDS, DEVICE
@@ -72,6 +74,32 @@ def test_lazily_negated_gradient(backend):
     assert p.grad.item() == -1
     optimizer.step()
     assert p.item() == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zeros_without_memory(backend):
+    """As autograd makes them: the kernels would read at address 0."""
+    p = nn.Parameter(torch.ones(5, device=DEVICE))
+    optimizer = OscGD([p], lr=0.5, backend=backend)
+    for gradient in (torch.ones(5, device=DEVICE), torch._efficientzerotensor((5,), device=DEVICE)):
+        p.grad = gradient
+        optimizer.step()
+        assert torch.equal(p, torch.full_like(p, 0.5))
+    assert optimizer.history.dot[-1] == 0 and optimizer.history.prev_sq_norm[-1] == 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sample_of_gradients_in_turning_layouts(backend):
+    """A parameter that is not dense has gradients of any layout: their elements pair, not their places."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(4, 6, device=DEVICE)[:, ::2])
+    optimizer = OscGD([p], lr=0.1, sample=0.5, backend=backend)
+    seen = [torch.randn(4, 3, device=DEVICE) for _ in range(3)]
+    for step, g in enumerate(seen):
+        p.grad = g.t().contiguous().t() if step % 2 else g
+        optimizer.step()
+    exact = [torch.cosine_similarity(a.flatten(), b.flatten(), 0).item() for a, b in itertools.pairwise(seen)]
+    np.testing.assert_allclose(optimizer.history.correlation()[1:, 0], exact, rtol=1e-5)
 
 
 def test_lazy_conjugate_is_refused():

@@ -498,16 +498,11 @@ def test_a_policy_that_keeps_what_it_is_shown(monkeypatch):
     class Keeping:
         start = 0.5
 
-        def __init__(self) -> None:
-            self.state: dict[str, torch.Tensor] = {}
-
         def __call__(self, measured):
-            last, before = self.state.get("last"), self.state.get("before")
-            self.state["scale"], self.state["before"], self.state["last"] = measured.scale, last, measured.dot
-            if last is None:
-                self.state["before"] = measured.dot
+            last, before = measured.state.get("last"), measured.state.get("before")
             factor = 1.5 if before is None else torch.where(last + before > measured.dot, 1.25, 0.75)
-            return measured.scale * factor
+            before = measured.dot if last is None else last
+            return measured.scale * factor, {"scale": measured.scale, "before": before, "last": measured.dot}
 
     grads = gradients()
     usual, captured = parameters(), parameters()

@@ -67,10 +67,12 @@ class BatchProtocol(Protocol):
         layer_of: Sequence[int],
         num_layers: int,
         scale_of: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         """Prepare for `params`: same device, same dtype, sorted by `layer_of`; -1 (first): not measured.
 
         `scale_of`: the layer whose scale each follows, where that is not `layer_of`; -1: none.
+        `seeds`: of the parameters' sketches, where the batch sketches.
         """
 
     def prepare_capture(self) -> None:
@@ -100,6 +102,10 @@ class BatchProtocol(Protocol):
             out: float64 tensor of shape (4, num_layers), overwritten with :data:`SUMS`; None: as `prevs`.
             scale: float64 tensor of shape (num_layers,) on the parameters' device, by which each layer's `lr`
                 is multiplied; by `scale_of`; elsewhere it stays. None: ones.
+
+        A batch that sketches (:mod:`oscopt.kernels.sketch`) keeps what it measures against itself: `prevs[i]`
+        is what is kept of the last gradient, shape (kept_size,), always overwritten with what is kept of this
+        one (where `layer_of` is -1, it is not looked at), and `out` has a fifth row, the variance of `dot`.
         """
 
 
@@ -120,6 +126,12 @@ def backend(name: str, device: torch.device) -> ModuleType:
             f"backend={name!r} cannot run on device {str(device)!r}: {why}. Use backend='auto'"
         )
     return module
+
+
+def sketching(backend: ModuleType) -> ModuleType:
+    """The module whose ``Batch`` sketches as `backend` steps; it also has the method ``fold``, see Plan."""
+    name = {"torch": "sketch"}.get(backend.NAME, f"{backend.NAME}_sketch")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def _fastest(device_type: str) -> str:
@@ -164,7 +176,7 @@ class Plan:
         layer_of: the index of each parameter's layer, -1: not measured.
         num_layers: L.
         backend: the backend's module, from :func:`backend`.
-        scale_of: as :class:`BatchProtocol` has them.
+        scale_of, seeds: as :class:`BatchProtocol` has them; with `seeds`, gradients are sketched.
     """
 
     def __init__(
@@ -175,6 +187,7 @@ class Plan:
         num_layers: int,
         backend: ModuleType,
         scale_of: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         from . import torch_backend
 
@@ -190,10 +203,10 @@ class Plan:
         self._batches: list[tuple[list[int] | None, BatchProtocol]] = [
             (
                 None if index == natural else index,
-                module.Batch(
+                (module if seeds is None else sketching(module)).Batch(
                     *(pick(values, index) for values in (params, layer_of)),
                     num_layers,
-                    pick(scale_of, index),
+                    *(pick(values, index) for values in (scale_of, seeds)),
                 ),
             )
             for (module, _), index in groups.items()
@@ -211,6 +224,19 @@ class Plan:
             values = (pick(v, index) for v in (grads, prevs, bufs, copies, rows))
             batch.step(*values, hyper, target, scale)
             if n and out is not None:
+                out += target
+
+    def fold(self, kept: Sequence[Tensor], out: Tensor) -> None:
+        """Sketch what is kept of each layer's gradients once more, to one vector a layer.
+
+        Args:
+            kept: of all parameters, as :meth:`step` has left it.
+            out: float32, shape (L, k'), overwritten; k' is a power of two, at most 1024.
+        """
+        for n, (index, batch) in enumerate(self._batches):
+            target = out if n == 0 else torch.empty_like(out)
+            batch.fold(pick(kept, index), target)
+            if n:
                 out += target
 
 

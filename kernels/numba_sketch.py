@@ -1,8 +1,8 @@
 """CPU: the update and the sketch of :mod:`oscopt.kernels.sketch` in one parallel loop over chunks.
 
-A chunk is worked off in runs of as many elements as there are buckets, with three short loops each: sum, add to
-the buckets, update. Gradients, parameters and buckets are in the first-level cache then. The buckets lie twice in
-a row, so that a rotated run need not wrap around.
+A chunk is worked off in parts: a part of the gradient is added to the buckets, and to the sum of squares, then
+the parameter is updated with it, which is in the first-level cache by then. There are twice as many buckets
+as the sketch has, so that a rotated run need not wrap around; the second half is added to the first in the end.
 """
 
 from __future__ import annotations
@@ -18,86 +18,93 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from . import addresses
-from .numba_backend import _STORAGE, _call, _descend, _descend_momentum, _load, _pointer, _reduce
-from .sketch import BUCKETS, FOLD, GOLDEN, ODD, ODDER, OFFSETS, SUMS, WHOLE, chunk_size, kept_dtype
+from .numba_backend import (
+    _SERIAL,
+    _STORAGE,
+    _SUM,
+    _addresses_of_some,
+    _call,
+    _descend,
+    _descend_momentum,
+    _load,
+    _pointer,
+    _reduce,
+)
+from .sketch import BUCKETS, FOLD, GOLDEN, ODD, ODDER, OFFSETS, SUMS, WHOLE, chunk_size, kept_dtype, kept_size
 
-_SERIAL = 1 << 15  # elements in all below which waking other threads costs more than they save
-_PART = 256
-_SUM = {"contract", "reassoc"}
-_NONE = np.zeros(0, np.int64)
-_NO_SCALE = np.zeros(0)
+_PART = 256  # elements: more, and the memory waits for the arithmetic
 
 
 class Batch:
-    """See :class:`oscopt.kernels.SketchProtocol`."""
+    """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, seeds, scale_of=None) -> None:
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds) -> None:
         dtype = params[0].dtype
         self._dtype = dtype
-        self._itemsize = dtype.itemsize
-        self._tags = np.zeros(1, _STORAGE[dtype]), np.zeros(1, _STORAGE[kept_dtype(dtype)])
-        self._params = params
+        self._tag, self._kept_tag = (np.zeros(1, _STORAGE[d]) for d in (dtype, kept_dtype(dtype)))
         self._own = addresses(params)
-        self._seeds = np.array(seeds, np.uint32)
-        self._sizes = np.array([p.numel() for p in params], np.int64)
-        self._chunk = np.array([chunk_size(n) for n in self._sizes.tolist()], np.int64)
+        self._params = params
+        sizes = [p.numel() for p in params]
+        layer_of, seeds = np.array(layer_of, np.int64), np.array(seeds, np.uint32)
+        self._sizes, kept_sizes = np.array(sizes, np.int64), np.array([kept_size(n) for n in sizes], np.int64)
+        self._chunk = np.array([chunk_size(n) for n in sizes], np.int64)
         chunks = -(-self._sizes // self._chunk)
         self._tensor = np.repeat(np.arange(len(params)), chunks)
-        self._number = np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        start = self._number * self._chunk[self._tensor]
-        self._work = np.cumsum(np.minimum(self._chunk[self._tensor], self._sizes[self._tensor] - start))
-        layer_of = np.asarray(layer_of, np.int64)
-        self._layer_bounds = np.searchsorted(layer_of[self._tensor], np.arange(num_layers + 1))
-        self._tensor_bounds = np.searchsorted(layer_of, np.arange(num_layers + 1))
-        self._kept_sizes = np.where(self._sizes <= WHOLE, self._sizes, chunks * BUCKETS)
+        self._start = np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+        self._start *= self._chunk[self._tensor]
+        lengths = np.minimum(self._chunk[self._tensor], self._sizes[self._tensor] - self._start)
+        self._work = np.cumsum(lengths)
+        self._bounds = np.searchsorted(layer_of[self._tensor], np.arange(num_layers + 1))
+        self._measured = layer_of >= 0
         self._partials = np.zeros((len(self._tensor), len(SUMS)))
-        self._scale_of = np.array(layer_of if scale_of is None else scale_of, np.int64)
+        self._scale_of = np.array(scale_of, np.int64)
+        self._seeds = seeds
+        self._fold = kept_sizes, seeds, np.searchsorted(layer_of, np.arange(num_layers + 1))
 
     def prepare_capture(self) -> None:
         """Nothing is needed."""
 
-    def step(self, grads, kept, bufs, rows, hyper, out, scale=None) -> None:
-        threads = self._threads()
-        total = self._work[-1] if len(self._work) else 0
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
+        total = int(self._work[-1]) if len(self._work) else 0
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if total > _SERIAL else 1
         share = np.searchsorted(self._work, np.linspace(0, total, threads + 1))
         share[0], share[-1] = 0, len(self._work)
+        nothing = np.zeros(len(grads), np.int64)
         arguments = (
-            self._own if hyper is not None else _NONE,
+            self._own if hyper is not None else nothing,
             addresses(grads),
-            _addresses_of_some(kept, len(grads)),
-            _addresses_of_some(bufs, len(grads)),
+            nothing if prevs is None else np.where(self._measured, addresses(prevs), 0),
+            nothing if bufs is None else _addresses_of_some(bufs),
             np.array(rows, np.int64),
-            np.array(hyper if hyper is not None else [(0.0,) * 6], np.float64),
-            scale.numpy() if scale is not None else _NO_SCALE,
+            np.array(hyper or [(0.0,) * 6], np.float64),
+            np.zeros(0) if scale is None else scale.numpy(),
             self._scale_of,
             self._tensor,
-            self._number,
+            self._start,
             self._chunk,
             self._sizes,
             self._seeds,
             share,
-            self._itemsize,
-            *self._tags,
+            self._tag,
+            self._kept_tag,
             self._partials,
-            self._layer_bounds,
-            out.numpy() if kept is not None else np.zeros((0, 0)),
+            self._bounds,
+            np.zeros((0, 0)) if prevs is None else out.numpy(),
         )
+        self._run(_step, arguments, threads)
+
+    def fold(self, kept, out) -> None:
+        """See :meth:`oscopt.kernels.Plan.fold`."""
+        addressed = np.where(self._measured, addresses(kept), 0)
+        self._run(_fold, (addressed, *self._fold, self._kept_tag, out.numpy()), torch.get_num_threads())
+
+    def _run(self, kernel, arguments, threads: int) -> None:
         of_torch = torch.get_num_threads()
-        numba.set_num_threads(threads)
-        _call(_step, arguments, self._dtype)
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        _call(kernel, arguments, self._dtype)
+        # Starting its threads, numba sets OpenMP's number of threads, which is torch's as well.
         if torch.get_num_threads() != of_torch:
             torch.set_num_threads(of_torch)
-
-    def _threads(self) -> int:
-        if not len(self._work) or self._work[-1] <= _SERIAL:
-            return 1
-        return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-
-
-def _addresses_of_some(tensors: Sequence[Tensor | None] | None, count: int) -> np.ndarray:
-    if tensors is None:
-        return np.zeros(count, np.int64)
-    return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
 
 
 # ---- compiled code ---------------------------------------------------------------------------------------
@@ -105,7 +112,7 @@ def _addresses_of_some(tensors: Sequence[Tensor | None] | None, count: int) -> n
 
 @intrinsic
 def _hashed(typing_context, index, seed):
-    """:func:`oscopt.kernels.sketch.hashed`: int64, uint32 -> uint32. numba's own uint32s become 64 bits wide."""
+    """:func:`oscopt.kernels.sketch.hashed`; numba would make 64 bits of each sum and product of uint32."""
 
     def generate(context, builder, signature, args):
         word = ir.IntType(32)
@@ -191,8 +198,9 @@ def _square(g, size):
 
 @njit(nogil=True)
 def _add(g, buckets, first, seed, squares, tag, kept_tag):
-    """Add elements with random signs to as many buckets, and their squares to 8 `squares`; `first`: the number
-    of the first of them, a multiple of 32.
+    """Add elements with random signs to as many buckets, and their squares to 8 `squares`.
+
+    `first`: the number of the first of them, a multiple of 32 unless they are fewer.
     """
     words = g.size // 32
     for i in range(0, 32 * words, 32):
@@ -202,7 +210,7 @@ def _add(g, buckets, first, seed, squares, tag, kept_tag):
     bits = _hashed(first // 32 + words, seed)
     for i in range(32 * words, g.size):
         value = _load(g[i])
-        buckets[i] += _flipped(value, bits, i - 32 * words)
+        buckets[i] += _flipped(value, bits, (first + i) % 32)
         squares[0] += np.float64(value) * np.float64(value)
 
 
@@ -253,12 +261,11 @@ def _step(
     scale,
     scale_of,
     tensor,
-    number,
+    start,
     chunk,
     sizes,
     seeds,
     share,
-    itemsize,
     tag,
     kept_tag,
     partials,
@@ -278,50 +285,47 @@ def _step(
             weight_decay = zero + type(zero)(row[3])
             lookahead = zero + type(zero)(row[4])
             sign = zero + type(zero)(row[5])
-            start = number[c] * chunk[k]
-            stop = min(start + chunk[k], sizes[k])
+            stop = min(start[c] + chunk[k], sizes[k])
             whole = sizes[k] <= WHOLE
-            measured = q[k] != 0
-            kept = q[k] + (0 if whole else number[c] * BUCKETS * kept_tag.itemsize)
-            seed = seeds[k]
+            kept = q[k] + (0 if whole else start[c] // chunk[k] * BUCKETS * kept_tag.itemsize)
             sq_norm = dot = diff_sq_norm = prev_sq_norm = variance = 0.0
+            offset = 0
             buckets[:] = 0
             squares[:] = 0
-            offset = 0
-            for first in range(start, stop, _PART):
+            for first in range(start[c], stop, _PART):
                 size = min(_PART, stop - first)
-                y = numba.carray(_pointer(g[k] + first * itemsize, tag), size)
-                if measured and whole:
+                y = numba.carray(_pointer(g[k] + first * tag.itemsize, tag), size)
+                if q[k] and whole:
                     old = numba.carray(_pointer(kept + first * kept_tag.itemsize, kept_tag), size)
-                    sums = _compare(y, old, zero + 1)
                     sq_norm += _square(y, size)
+                    sums = _compare(y, old, 1.0)
                     dot += sums[0]
                     diff_sq_norm += sums[1]
                     prev_sq_norm += sums[2]
                     _keep(y, old, zero + 1)
-                elif measured:
+                elif q[k]:
                     if first % BUCKETS == 0:
-                        offset = _offset(first, seed, BUCKETS)
-                    _add(y, buckets[offset + first % BUCKETS :], first, seed, squares, tag, kept_tag)
-                if p.size:
-                    x = numba.carray(_pointer(p[k] + first * itemsize, tag), size)
-                    m = numba.carray(_pointer(buf[k] + first * itemsize, tag), size)
+                        offset = _offset(first, seeds[k], BUCKETS)
+                    place = buckets[offset + first % BUCKETS :]
+                    _add(y, place, first, seeds[k], squares, tag, kept_tag)
+                if p[k]:
+                    x = numba.carray(_pointer(p[k] + first * tag.itemsize, tag), size)
+                    m = numba.carray(_pointer(buf[k] + first * tag.itemsize, tag), size)
                     if buf[k]:
                         _descend_all_momentum(x, y, m, size, lr, decay, gain, weight_decay, lookahead, sign)
                     else:
                         _descend_all(x, y, m, size, lr, decay, gain, weight_decay, lookahead, sign)
-            if measured and not whole:
+            if q[k] and not whole:
                 new, old = buckets[:BUCKETS], numba.carray(_pointer(kept, kept_tag), BUCKETS)
                 new += buckets[BUCKETS:]
                 sq_norm = squares.sum()
-                square = _square(new, BUCKETS)
-                stretch = np.sqrt(sq_norm / square) if sq_norm != 0 else 0.0
+                stretch = np.sqrt(sq_norm / _square(new, BUCKETS)) if sq_norm != 0 else 0.0
                 dot, diff_sq_norm, prev_sq_norm = _compare(new, old, stretch)
                 product = sq_norm * prev_sq_norm
                 rest = 1 - dot * dot / product if product != 0 else 0.0
                 variance = product * rest * rest / BUCKETS
                 dot *= 1 + rest / (2 * BUCKETS)
-                _keep(new, old, zero + stretch)
+                _keep(new, old, zero + type(zero)(stretch))
             partials[c, 0] = dot
             partials[c, 1] = sq_norm
             partials[c, 2] = diff_sq_norm
@@ -329,3 +333,18 @@ def _step(
             partials[c, 4] = variance
     if out.size:
         _reduce(partials, bounds, out)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _fold(kept, sizes, seeds, bounds, tag, out):
+    count = out.shape[1]
+    for layer in prange(out.shape[0]):
+        buckets, squares = np.zeros(2 * count, tag.dtype), np.zeros(8)
+        for k in range(bounds[layer], bounds[layer + 1]):
+            seed = seeds[k] ^ np.uint32(FOLD)
+            for first in range(0, sizes[k], count):
+                size = min(count, sizes[k] - first)
+                x = numba.carray(_pointer(kept[k] + first * tag.itemsize, tag), size)
+                _add(x, buckets[_offset(first, seed, count) :], first, seed, squares, tag, tag)
+        for i in range(count):
+            out[layer, i] = buckets[i] + buckets[count + i]

@@ -1,21 +1,21 @@
-"""A short random projection of each gradient, the same at every step: the definition, in plain tensor operations.
+"""A short random projection of each gradient, the same at every step: the definition, in tensor operations.
 
-A *sketch* is a linear map S from n elements to k *buckets*: every run of k consecutive elements is rotated by a
-random offset, its elements get random signs, and the runs are added up. Signs and offsets are independent of
-what is sketched, so E <Sx, Sy> = <x, y>: a CountSketch (Charikar, Chen, Farach-Colton 2002) whose elements share
-their hash k at a time, which makes it a loop over consecutive memory. docs/sketch.md has the mathematics.
+A *sketch* is a linear map S from n elements to k *buckets*: every run of k consecutive elements is rotated
+by a random offset, its elements get random signs, and the runs are added up. E <Sx, Sy> = <x, y>, as signs
+and offsets do not depend on x and y: a CountSketch (Charikar, Chen, Farach-Colton 2002) that hashes runs in
+place of single elements, which makes it a loop over consecutive memory. docs/sketch.md has the mathematics.
 
-A tensor is cut into chunks of consecutive elements, in the order of memory, each with :data:`BUCKETS` buckets of
-its own. What is kept of a step is, chunk by chunk, the sketch stretched to the chunk's exact norm; a tensor of at
-most :data:`WHOLE` elements is kept itself. Of two kept chunks a and b, with c their cosine and k buckets,
+A tensor is cut into chunks of consecutive elements, in the order of memory, each with :data:`BUCKETS`
+buckets of its own. What is kept of a step is, chunk by chunk, the sketch stretched to the chunk's exact norm;
+a tensor of at most :data:`WHOLE` elements is kept itself. Of two kept chunks a and b, with cosine c,
 
-* <g, g'> is estimated by <a, b> (1 + (1 - c^2) / 2k): the cosine of sketches is biased towards 0, at first order by
-  that factor;
-* its variance is ||a||^2 ||b||^2 (1 - c^2)^2 / k, 0 for a tensor that is kept itself;
+* <g, g'> is estimated by <a, b> (1 + (1 - c^2) / 2k): the cosine of sketches is biased towards 0 by that
+  factor, at first order;
+* its variance is ||a||^2 ||b||^2 (1 - c^2)^2 / k, and 0 for a tensor that is kept itself;
 * ||g - g'||^2 is estimated by ||a - b||^2, which keeps its relative accuracy however close they are.
 
-A layer's sums are those of its chunks. What is kept of a layer can be sketched again, to one vector of k' floats
-(:func:`fold`), and those of any two steps be compared.
+A layer's sums are those of its chunks. What is kept of a layer can be sketched again, to one vector of k'
+floats (:func:`fold`), and those of any two steps be compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm", "dot_variance")
 
 BUCKETS = 1024  # k: the standard error of a chunk's cosine is at most 1/32
 WHOLE = 1 << 14  # elements of a tensor up to which it is kept itself
-RUNS = 16  # that a GPU's program adds up
 
 GOLDEN, ODD, ODDER = 0x9E3779B1, 0x7FEB352D, 0x846CA68B  # Wellons' "lowbias32", after a Weyl sequence
 OFFSETS = 0x68E31DA4  # what tells the seed of a map's offsets from that of its signs
@@ -44,7 +43,7 @@ FOLD = 0x5BD1E995  # what tells the seed of a tensor's second sketch from its fi
 
 
 def chunk_size(size: int) -> int:
-    """Elements of a chunk of a tensor of `size` elements: 1/16 of it between 2^11 and 2^16, and 1/64 beyond."""
+    """Elements of a chunk of a tensor of `size` elements: a 16th of it from 2^11 to 2^16, a 64th beyond."""
     if size <= WHOLE:
         return max(size, 1)
     wanted = max(min(max(size // 16, 1 << 11), 1 << 16), size // 64)
@@ -123,34 +122,36 @@ def compare(kept: Tensor, prev: Tensor, whole: bool) -> Tensor:
 
 
 class Batch(torch_backend.Batch):
-    """See :class:`oscopt.kernels.SketchProtocol`."""
+    """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, seeds, scale_of=None) -> None:
-        super().__init__(params, layer_of, num_layers, scale_of=scale_of)
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds) -> None:
+        super().__init__(params, layer_of, num_layers, scale_of)
         self._seeds = seeds
 
-    def step(self, grads, kept, bufs, rows, hyper, out, scale=None) -> None:
-        if kept is not None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
+        if prevs is not None:
             out.zero_()
             for i, layer in enumerate(self._layer_of):
                 if layer >= 0:
-                    out[:, layer] += self._sketch(i, grads[i], kept[i])
+                    out[:, layer] += self._sketch(i, grads[i], prevs[i])
             out.masked_fill_(~out.isfinite(), torch.nan)
         super().step(grads, None, bufs, None, rows, hyper, None, scale)
 
     def _sketch(self, i: int, grad: Tensor, kept: Tensor) -> Tensor:
+        """:data:`SUMS` of one gradient; it is kept."""
         size = grad.numel()
         flat = grad.as_strided((size,), (1,)) if dense(self._params[i]) else grad.reshape(-1)
         step, whole = chunk_size(size), size <= WHOLE
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=grad.device)
-        for n, chunk in enumerate(flat.split(step)):
-            place = kept[n * BUCKETS : (n + 1) * BUCKETS] if not whole else kept
+        chunks = zip(flat.split(step), kept.split(step if whole else BUCKETS), strict=True)
+        for n, (chunk, place) in enumerate(chunks):
             new = keep(chunk, n * step, self._seeds[i], whole)
             sums += compare(new, place, whole)
             place.copy_(new)
         return sums
 
     def fold(self, kept: Sequence[Tensor], out: Tensor) -> None:
+        """See :meth:`oscopt.kernels.Plan.fold`."""
         out.zero_()
         for i, layer in enumerate(self._layer_of):
             if layer >= 0:

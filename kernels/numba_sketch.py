@@ -1,8 +1,8 @@
 """CPU: the update and the sketch of :mod:`oscopt.kernels.sketch` in one parallel loop over chunks.
 
-A chunk is worked off in parts: a part of the gradient is added to the buckets, and to the sum of squares, then
-the parameter is updated with it, which is in the first-level cache by then. There are twice as many buckets
-as the sketch has, so that a rotated run need not wrap around; the second half is added to the first in the end.
+A chunk is worked off in parts: a part of the gradient is added to the buckets, and to the sum of squares,
+then the parameter is updated with it, which is in the first-level cache by then. There are twice as many
+buckets as the sketch has, so that a rotated run need not wrap around; the halves are added up in the end.
 """
 
 from __future__ import annotations

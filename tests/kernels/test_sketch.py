@@ -1,0 +1,129 @@
+"""The sketch: its accuracy on structured gradients, and every backend against the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from oscopt import kernels
+from oscopt.kernels import numba_backend, sketch, torch_backend
+
+SEEDS = 200
+PLAIN = (0.1, 0.0, 1.0, 0.0, 0.0, 1.0)
+FULL = (0.1, 0.9, 0.7, 0.01, 0.9, -1.0)
+
+
+def scales(name: str, z) -> np.ndarray:
+    """The scale of every element of a gradient whose structure is `name`."""
+    flat = np.full((256, 512), 1e-3)
+    if name == "flat":
+        return np.ones_like(flat)
+    if name == "one row":
+        flat[7] = 1
+    elif name == "one column":
+        flat[:, 9] = 1
+    elif name == "every 16th column":
+        flat[:, ::16] = 1
+    elif name == "eight columns":
+        flat[:, :8] = 1
+    elif name == "single element":
+        flat[3, 5] = 100
+    elif name == "lognormal rows":
+        return np.exp(2 * z(256, 1)) * np.ones_like(flat)
+    elif name == "lognormal columns":
+        return np.exp(2 * z(1, 512)) * np.ones_like(flat)
+    elif name == "lognormal elements":
+        return np.exp(2 * z(256, 512))
+    elif name == "embedding":
+        flat[:] = 0
+        flat[[3, 50, 51, 130, 255]] = 1
+    elif name == "a bucket's period":
+        flat = np.zeros((128, 1024))
+        flat[:, 100:132] = 1
+    elif name == "period 4096":
+        flat = np.zeros((32, 4096))
+        flat[:, 77] = 1
+    elif name == "period 256":
+        flat = np.zeros((200, 256))
+        flat[:, 0] = 1
+    return flat
+
+
+STRUCTURES = (
+    "flat, one row, one column, every 16th column, eight columns, single element, lognormal rows, "
+    "lognormal columns, lognormal elements, embedding, a bucket's period, period 4096, period 256"
+).split(", ")
+
+
+def estimates(g: torch.Tensor, h: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Correlation and standard error of two gradients of one tensor, for many seeds: shape (SEEDS,) each."""
+    grads, kept = [h] * SEEDS, [torch.zeros(sketch.kept_size(h.numel())) for _ in range(SEEDS)]
+    index, out = list(range(SEEDS)), torch.zeros((5, SEEDS), dtype=torch.float64)
+    plan = kernels.Plan(
+        grads, grads, index, SEEDS, numba_backend, seeds=[sketch.seed_of(str(i)) for i in index]
+    )
+    for now in (h, g):
+        plan.step([now] * SEEDS, kept, None, None, [0] * SEEDS, None, out)
+    dot, sq_norm, _, prev_sq_norm, variance = out.numpy()
+    norms = np.sqrt(sq_norm * prev_sq_norm)
+    return dot / norms, np.sqrt(variance) / norms
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.6, 0.95, -0.9])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_interval_covers_whatever_the_structure(structure, mu):
+    z = np.random.default_rng(0).standard_normal
+    scale = scales(structure, z)
+    a, b = z(*scale.shape), z(*scale.shape)
+    g = torch.from_numpy((scale * a).ravel()).float()
+    h = torch.from_numpy((scale * (mu * a + np.sqrt(1 - mu * mu) * b)).ravel()).float()
+    found, stderr = estimates(g, h)
+    true = (g.double() @ h.double() / (g.double().norm() * h.double().norm())).item()
+    assert np.mean(np.abs(found - true) <= 1.96 * stderr + 1e-6) >= 0.9
+
+
+@pytest.mark.parametrize("dtype", torch_backend.DTYPES, ids=str)
+@pytest.mark.parametrize("momentum", [False, True])
+def test_numba_is_the_definition(dtype, momentum):
+    """Sums, what is kept, its fold and the update, with unmeasured tensors and scales; any threads."""
+    sizes, layer_of = [100, 20_000, 16_384, 16_385, 300_001, 0], [-1, 0, 0, 1, 1, 1]
+    results = []
+    for module, threads in ((torch_backend, 1), (numba_backend, 1), (numba_backend, 2)):
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(0)
+        params, *steps = ([torch.randn(n, generator=generator).to(dtype) for n in sizes] for _ in range(4))
+        kept = [torch.zeros(sketch.kept_size(n), dtype=sketch.kept_dtype(dtype)) for n in sizes]
+        bufs = [torch.zeros_like(p) for p in params] if momentum else None
+        out, scale = torch.zeros((5, 2), dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
+        plan = kernels.Plan(params, steps[0], layer_of, 2, module, seeds=list(range(6)))
+        for grads in steps:
+            plan.step(grads, kept, bufs, None, [0] * 6, [FULL if momentum else PLAIN], out, scale)
+        folded = [torch.zeros((2, k)) for k in (16, 256)]
+        for vectors in folded:
+            plan.fold(kept, vectors)
+        results.append((params, out, kept, folded))
+    torch.set_num_threads(1)
+    (params, out, kept, folded), one, two = results
+    for a, b in zip([*one[0], one[1], *one[2], *one[3]], [*two[0], two[1], *two[2], *two[3]], strict=True):
+        assert torch.equal(a, b)
+    assert torch.allclose(out, one[1], rtol=2e-5, atol=1e-3)
+    for a, b in zip([*kept, *folded], [*one[2], *one[3]], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=2e-3)
+    for a, b in zip(params, one[0], strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=4 * torch.finfo(dtype).eps, atol=0.05)
+
+
+@pytest.mark.parametrize("module", [torch_backend, numba_backend])
+@pytest.mark.parametrize("size", [1000, 50_000])
+def test_not_finite_is_not_a_number(module, size):
+    grads = [torch.ones(size), torch.ones(size)]
+    grads[0][size - 1] = torch.inf
+    kept = [torch.zeros(sketch.kept_size(size)) for _ in range(2)]
+    out = torch.zeros((5, 2), dtype=torch.float64)
+    plan = kernels.Plan(grads, grads, [0, 1], 2, module, seeds=[1, 2])
+    plan.step(grads, kept, None, None, [0, 0], None, out)
+    assert out[:3, 0].isnan().all() and out[1, 1].item() == pytest.approx(size)
+    grads[0][size - 1] = 1.0
+    plan.step(grads, kept, None, None, [0, 0], None, out)
+    assert out[0, 0].isnan() and out[3, 0].isnan() and out[0, 1].item() == pytest.approx(size)

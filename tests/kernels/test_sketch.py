@@ -73,7 +73,11 @@ def estimates(g: torch.Tensor, h: torch.Tensor) -> tuple[np.ndarray, np.ndarray]
 @pytest.mark.parametrize("mu", [0.0, 0.6, 0.95, -0.9])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_interval_covers_whatever_the_structure(structure, mu):
-    z = np.random.default_rng(0).standard_normal
+    generator = np.random.default_rng(0)
+
+    def z(*shape):
+        return generator.standard_normal(shape)
+
     scale = scales(structure, z)
     a, b = z(*scale.shape), z(*scale.shape)
     g = torch.from_numpy((scale * a).ravel()).float()

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -343,7 +343,7 @@ class Adapter:
 
     Args:
         policy: from :func:`resolve`.
-        adapted: which layers it may change, bool, shape (L,).
+        adapted: the layers, and which of them it may change.
         device: where the scales lie.
         state: what :meth:`state` returned, to go on from.
         in_place: whether all stays where it is in memory, so that steps can be captured in a CUDA graph.
@@ -355,7 +355,7 @@ class Adapter:
     def __init__(
         self,
         policy: Policy,
-        adapted: list[bool],
+        adapted: dict[str, bool],
         device: torch.device,
         state: dict[str, Any],
         in_place: bool = False,
@@ -365,8 +365,9 @@ class Adapter:
         self._together = getattr(policy, "granularity", "layer") == "global"
         self._bounds = getattr(policy, "bounds", None) or (0.0, math.inf)
         self._warmup = getattr(policy, "warmup", 0)
-        self._some_out = not all(adapted)
-        self._adapted = torch.tensor(adapted, dtype=torch.bool, device=device)
+        self._layers = tuple(adapted)
+        self._some_out = not all(adapted.values())
+        self._adapted = torch.tensor(list(adapted.values()), dtype=torch.bool, device=device)
         ones = torch.where(self._adapted, float(getattr(policy, "start", 1.0)), 1.0).double()
         known, used = (state.get(key, ones[:0]).to(ones) for key in (_KEY, _USED))
         if len(known) > len(ones):
@@ -390,14 +391,25 @@ class Adapter:
         unknown = torch.full((4, len(ones)), math.nan, dtype=torch.float64, device=device)
         self._ask(Measured(*unknown, scale=self.scale, lr=ones, prev_step=ones, steps=1))
 
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """What :class:`Adapter` takes to go on, by keys for a parameter group."""
-        yield _KEY, self.scale.clone()
-        yield _USED, self.used.clone()
+    def state(self, layers: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+        """What :class:`Adapter` takes to go on, by keys for a parameter group.
+
+        Args:
+            layers: the names of the layers that it is to go on with, if not these.
+        """
+        layers = self._layers if layers is None else tuple(layers)
         yield _SEEN, self._seen
         yield _REJECTED, self.rejected.clone()
-        for key, value in self._own.items():
-            yield _OWN + key, value.clone()
+        for key, value in ((_KEY, self.scale), (_USED, self.used)):
+            if layers == self._layers:
+                yield key, value.clone()
+                continue
+            known = dict(zip(self._layers, value, strict=True))
+            start = torch.as_tensor(float(getattr(self.policy, "start", 1.0))).to(value)
+            yield key, torch.stack([known.get(name, start) for name in layers])
+        if self._together or layers == self._layers:
+            for key, value in self._own.items():
+                yield _OWN + key, value.clone()
 
     @property
     def warming_up(self) -> bool:

@@ -518,8 +518,8 @@ class OscGD(Optimizer):
 
     def _step(self) -> int:
         """The number of the next step."""
-        steps = (group["step"] for group in self.param_groups if "step" in group)
-        return next(steps, self._history.next_step)  # groups made by hand have none
+        step = next((group["step"] for group in self.param_groups if "step" in group), None)
+        return self._history.next_step if step is None else step  # groups made by hand have none
 
     def _device(self) -> torch.device:
         """Where what users read lies: that of the first parameter."""

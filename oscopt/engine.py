@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import kernels, measures
 from .adapt import Adapter
-from .distributed import Ranks, bare, describe, is_dtensor
+from .distributed import Ranks, bare, copyable, describe, is_dtensor
 from .history import History
 from .recorder import Recorder
 from .window import Window
@@ -77,6 +77,7 @@ class Engine:
         adapter: what decides on the layers' scales; None: they are ones.
         recorder: what stands in for the host in a CUDA graph, where steps can be captured; None: they cannot.
         edited: whether the parameters are other ones than those that the history is of so far.
+        copy_gradients: copy each previous gradient, instead of keeping the tensor itself.
 
     A parameter that is listed twice is measured once, and updated as often as it is listed.
 
@@ -98,6 +99,7 @@ class Engine:
         adapter: Adapter | None = None,
         recorder: Recorder | None = None,
         edited: bool = False,
+        copy_gradients: bool = False,
     ) -> None:
         self.layer_names = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
         index: dict[str | None, int] = {name: i for i, name in enumerate(self.layer_names)} | {None: -1}
@@ -127,7 +129,7 @@ class Engine:
                     shape=local.shape,
                     stride=local.stride(),
                     dense=kernels.dense(local),
-                    copied=recorder is not None,
+                    copied=copy_gradients or recorder is not None,
                     again=again,
                     state=states.get(p),
                 )
@@ -198,7 +200,8 @@ class Engine:
 
     def drop_spoiled(self, members: Mapping[str, set[int]] | None = None) -> None:
         """Forget previous gradients that have been written to, or whose state has been taken away: whoever
-        goes on from the states cannot tell. And those of layers that have other `members` from now on.
+        goes on from the states cannot tell. And those of layers that have other `members` from now on. What
+        is left can be copied and saved.
         """
         if self._recorder is not None:
             for i in self._recorder.unknown():  # graphs write to what is kept of them: it stays
@@ -216,6 +219,10 @@ class Engine:
             before = self.members()
             layers |= {i for i, name in enumerate(self.layer_names) if before[name] != members.get(name)}
         self._forget(layers)
+        if not self._plain:
+            for slot in self.slots:
+                if slot.state and slot.state.get(PREVIOUS) is not None:
+                    slot.state[PREVIOUS] = copyable(slot.state[PREVIOUS])
 
     def _forget(self, layers: set[int]) -> None:
         """Forget the previous gradients of `layers`: each as a whole, as a part of it would make a wrong pair
@@ -384,10 +391,10 @@ class Engine:
         if self.windows:
             raise RuntimeError("a window is open, which a graph cannot fill; capture after it is complete")
 
-    def in_use(self) -> tuple:
-        """What a captured step reads and writes: graphs do not keep it alive."""
-        plans, masks = list(self._plans.values()), list(self._masks.values())
-        return plans, masks, list(self._prev), self._adapter, self._recorder
+    def in_use(self) -> dict[int, Any]:
+        """What a captured step reads and writes, by `id`: graphs do not keep it alive."""
+        plans, masks = self._plans.values(), self._masks.values()
+        return {id(x): x for x in (*plans, *masks, *self._prev, self._adapter, self._recorder)}
 
     def begin(self, grads: Sequence[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         """Keep gradients that no step was made of."""

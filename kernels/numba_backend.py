@@ -197,8 +197,8 @@ def _call(kernel, arguments, dtype: torch.dtype) -> None:
 
 # ---- compiled code ---------------------------------------------------------------------------------------
 
-# Everything is spelled out in vectors with fused multiply-adds: the sums have the same bits in every form, and
-# the update rounds as torch.optim.SGD does.
+# Everything is spelled out in vectors with fused multiply-adds: the sums have the same bits in every form,
+# and the update rounds as torch.optim.SGD does.
 
 
 class _Vector(types.Type):

@@ -50,7 +50,7 @@ _FORMS = {
     "sapphirerapids": Form(512, 2048),
     "emeraldrapids": Form(512, 2048),
 }
-_UNKNOWN = Form(1024, 0)  # not the best on any of these, and bad on none
+_UNKNOWN = Form(1024, 0)  # a compromise, the best on none of these
 
 
 def chosen_form(processor: str, wanted: str | None) -> Form:

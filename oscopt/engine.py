@@ -471,6 +471,22 @@ class Engine:
             window.add(number, present, [self.slots[i].layer for i in present], [grads[i] for i in present])
         self.keep(grads, wholes, present if keep else [], copied=measured)
 
+    def lose(self, step: int, lr: tuple[float, ...], prev_lr: tuple[float, ...]) -> None:
+        """Record that the gradients of a step could not be measured; the next ones have no pair."""
+        self._forget(set(range(len(self.layer_names))))
+        self._kept = []
+        if (step + 1) % self._every == 0 and self.slots:
+            row = self._record.next_row(self.device)
+            row[:5] = torch.nan
+            row[5:] = 1.0
+            rates = (
+                (self._layer_lr(lr), self._layer_lr(prev_lr))
+                if self._recorder is None
+                else self._recorder.layer_rates()
+            )
+            self._record.commit(step, *rates, None)
+            self._last_row = row
+
     def _changed(self, grads: Sequence[Tensor | None], present: list[int]) -> Tensor:
         """With a recorder: the layers that have no valid pair, bool, (L,). Makes room for what is kept."""
         missing = []

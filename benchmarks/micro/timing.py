@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from study.memory import free as bytes_free
+
 from .contenders import Contender
 from .sets import ParameterSet
 
@@ -54,14 +56,6 @@ class Problem:
 def bytes_needed(elements: int, itemsize: int, chosen: Sequence[Contender]) -> int:
     """Memory of a problem with all contenders' own: parameters and two gradients are shared."""
     return elements * itemsize * (3 + sum(c.own for c in chosen))
-
-
-def bytes_free(device: torch.device) -> int:
-    """Memory that may be taken on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 class _Runner:

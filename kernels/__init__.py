@@ -23,7 +23,7 @@ A backend is a module with
 * ``unavailable(device) -> str``: why it cannot run there (empty: it can),
 * ``DTYPES``: the dtypes that it handles; what it does not (another dtype, a gradient of another dtype than
   its parameter, a parameter with gaps in memory) goes to `torch`,
-* ``Batch(params, layer_of, num_layers, drawn)`` with the method ``step``, as :class:`BatchProtocol` says.
+* ``Batch(params, layer_of, num_layers)`` with the method ``step``, as :class:`BatchProtocol` says.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-
-from .sampling import Drawn
 
 SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm")
 """Names of the rows of a plan's output."""
@@ -68,12 +66,10 @@ class BatchProtocol(Protocol):
         params: Sequence[Tensor],
         layer_of: Sequence[int],
         num_layers: int,
-        drawn: Sequence[Drawn] | None = None,
         scale_of: Sequence[int] | None = None,
     ) -> None:
         """Prepare for `params`: same device, same dtype, sorted by `layer_of`; -1 (first): not measured.
 
-        `drawn`: the blocks of each that are measured (:mod:`oscopt.kernels.sampling`). None: all of it.
         `scale_of`: the layer whose scale each follows, where that is not `layer_of`; -1: none.
         """
 
@@ -104,10 +100,6 @@ class BatchProtocol(Protocol):
             out: float64 tensor of shape (4, num_layers), overwritten with :data:`SUMS`; None: as `prevs`.
             scale: float64 tensor of shape (num_layers,) on the parameters' device, by which each layer's `lr`
                 is multiplied; by `scale_of`; elsewhere it stays. None: ones.
-
-        With `drawn`, prevs[i] has `drawn[i].kept_size` elements, the drawn blocks, and always holds those of
-        `grads[i]` afterwards (`copies` is not looked at); `out` has shape (10, num_layers), see
-        :data:`oscopt.kernels.sampling.MOMENTS`.
         """
 
 
@@ -172,7 +164,7 @@ class Plan:
         layer_of: the index of each parameter's layer, -1: not measured.
         num_layers: L.
         backend: the backend's module, from :func:`backend`.
-        drawn, scale_of: as :class:`BatchProtocol` has them.
+        scale_of: as :class:`BatchProtocol` has them.
     """
 
     def __init__(
@@ -182,7 +174,6 @@ class Plan:
         layer_of: Sequence[int],
         num_layers: int,
         backend: ModuleType,
-        drawn: Sequence[Drawn] | None = None,
         scale_of: Sequence[int] | None = None,
     ) -> None:
         from . import torch_backend
@@ -202,7 +193,7 @@ class Plan:
                 module.Batch(
                     *(pick(values, index) for values in (params, layer_of)),
                     num_layers,
-                    *(pick(values, index) for values in (drawn, scale_of)),
+                    pick(scale_of, index),
                 ),
             )
             for (module, _), index in groups.items()

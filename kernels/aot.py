@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_backend
+from . import SUMS, triton_backend
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 _UPDATES = ("", "+momentum", "+copy", "+momentum+copy")
@@ -36,11 +36,8 @@ VARIANTS = (
 )
 """Names of the variants of the step kernel: what it does, joined by "+"."""
 
-SAMPLE = "sample"
-"""Name of the kernel that measures drawn blocks."""
-
-REDUCE = {"reduce": 4, "reduce sample": 10}
-"""Names of the kernel that sums up layers, always in float64, and how many sums each has."""
+REDUCE = "reduce"
+"""Name of the kernel that sums up layers, always in float64."""
 
 _TYPES = {
     "pointers_ptr": "*i64",
@@ -53,10 +50,6 @@ _TYPES = {
     "scale_of_ptr": "*i32",
     "partial_ptr": "*fp64",
     "N": "i32",
-    "first_ptr": "*i64",
-    "whole_ptr": "*i32",
-    "origin_ptr": "*i64",
-    "number_ptr": "*i32",
     "scale_ptr": "*fp64",
     "bounds_ptr": "*i32",
     "out_ptr": "*fp64",
@@ -96,13 +89,10 @@ def parse_target(text: str) -> GPUTarget:
 def compile_variant(target: str, dtype: torch.dtype, variant: str):
     """The compiled kernel; `target` is one that :func:`check_target` lets pass."""
     gpu = parse_target(target)
-    if variant in REDUCE:
+    if variant == REDUCE:
         kernel = triton_backend.reduce_kernel
-        constants = {"SUMS": REDUCE[variant], "BLOCK": triton_backend.REDUCE_BLOCK}
+        constants = {"SUMS": len(SUMS), "BLOCK": triton_backend.REDUCE_BLOCK}
         options = triton_backend.REDUCE_OPTIONS
-    elif variant == SAMPLE:
-        kernel, constants = triton_backend.sample_kernel, triton_backend.sample_constants(dtype)
-        options = triton_backend.options(dtype, gpu.warp_size)
     else:
         parts = variant.split("+")
         constants = triton_backend.constants(
@@ -143,7 +133,7 @@ def check_target(target: str) -> None:
 def _compile_silently(target: str) -> None:
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    compile_variant(target, torch.float32, next(iter(REDUCE)))
+    compile_variant(target, torch.float32, REDUCE)
 
 
 def report(target: str, dtype: torch.dtype, variant: str) -> Report:
@@ -155,7 +145,7 @@ def report(target: str, dtype: torch.dtype, variant: str) -> Report:
     else:
         main, masked = _paths(compiled.asm["amdgcn"], _GCN_LABEL, _GCN_BRANCH, _gcn_accesses)
         resources = _hip_resources(compiled.asm["amdgcn"])
-    name = "float64" if variant in REDUCE else str(dtype).removeprefix("torch.")
+    name = "float64" if variant == REDUCE else str(dtype).removeprefix("torch.")
     return Report(target, name, variant, main, masked, shared_bytes=compiled.metadata.shared, **resources)
 
 
@@ -239,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     names = [str(d).removeprefix("torch.") for d in triton_backend.DTYPES]
     parser.add_argument("--dtype", nargs="+", default=names, choices=names)
-    variants = [*VARIANTS, SAMPLE, *REDUCE]
+    variants = [*VARIANTS, REDUCE]
     parser.add_argument("--variant", nargs="+", default=variants, choices=variants)
     parser.add_argument("--json", action="store_true", help="one JSON array instead of a table")
     options = parser.parse_args(arguments)
@@ -250,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         for target in options.target:
             for dtype in options.dtype:
                 for variant in options.variant:
-                    if variant in REDUCE and dtype != options.dtype[0]:
+                    if variant == REDUCE and dtype != options.dtype[0]:
                         continue
                     reports.append(report(target, getattr(torch, dtype), variant))
                     if not options.json:

@@ -21,14 +21,12 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from . import Tensors, addresses
-from .sampling import BLOCK, GROUP, NOTHING, SIGNS
 
 NAME = "numba"
 
 _CHUNK = 1 << 15  # elements: the unit of work that threads share
 _PART = 1 << 7  # elements: more make the requests for memory come in bursts
 _AHEAD = 1 << 11  # bytes from a part to the one that is asked for
-_SAMPLE_PART = 1 << 11  # elements: parameters and gradients fit the first-level cache
 _SERIAL = 1 << 15  # elements in all below which waking other threads costs more than they save
 
 # The storage type that stands for a dtype in compiled code; half types travel as their bits.
@@ -52,36 +50,23 @@ def unavailable(device: torch.device) -> str:
 class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None, scale_of=None) -> None:
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of=None) -> None:
         dtype = params[0].dtype
         self._tag = np.zeros(1, _STORAGE[dtype])
         self._itemsize = dtype.itemsize
         self._params = params
         self._own = addresses(params)
         sizes = np.array([p.numel() for p in params], np.int64)
-        # A chunk of a sampled tensor holds whole groups of strata.
-        group = np.array([BLOCK * GROUP * d.stratum for d in drawn or [NOTHING] * len(params)], np.int64)
-        chunk = np.maximum(_CHUNK // group, 1) * group
-        chunks = -(-sizes // chunk)
+        chunks = -(-sizes // _CHUNK)
         self._tensor = np.repeat(np.arange(len(params)), chunks)
         first = np.cumsum(chunks) - chunks
-        self._start = (np.arange(chunks.sum()) - np.repeat(first, chunks)) * chunk[self._tensor]
-        self._stop = np.minimum(self._start + chunk[self._tensor], sizes[self._tensor])
+        self._start = (np.arange(chunks.sum()) - np.repeat(first, chunks)) * _CHUNK
+        self._stop = np.minimum(self._start + _CHUNK, sizes[self._tensor])
         self._work = np.cumsum(self._stop - self._start)
         # Tensors are sorted by layer, so a layer's chunks are neighbours: [bounds[l], bounds[l + 1]).
         layer_of_chunk = np.asarray(layer_of, np.int64)[self._tensor]
         self._layer_bounds = np.searchsorted(layer_of_chunk, np.arange(num_layers + 1))
-        self._partials = np.zeros((len(self._tensor), 4 if drawn is None else 10))
-        self._sample: tuple[np.ndarray, ...] | None = None
-        if drawn is not None:
-            lengths = np.array([len(d.number) for d in drawn], np.int64)
-            self._sample = (
-                np.concatenate([d.number for d in drawn]),
-                np.concatenate([[0], np.cumsum(lengths)]),
-                np.array([d.stratum for d in drawn], np.int64),
-                np.array([d.moment_scale for d in drawn]),
-                sizes,
-            )
+        self._partials = np.zeros((len(self._tensor), 4))
         self._shares: dict[int, np.ndarray] = {}
         self._scale_of = np.array(layer_of if scale_of is None else scale_of, np.int64)
         self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NO_ADDRESSES)
@@ -120,10 +105,7 @@ class Batch:
             out.numpy() if prevs is not None else _NO_SUMS,
         )
         numba.set_num_threads(threads)
-        if self._sample is None or prevs is None:
-            _call(_step, arguments, self._params[0].dtype)
-        else:
-            _call(_sample_step, (*arguments, *self._sample), self._params[0].dtype)
+        _call(_step, arguments, self._params[0].dtype)
         # Starting its threads, numba sets OpenMP's number of threads, which is torch's as well.
         if torch.get_num_threads() != of_torch:
             torch.set_num_threads(of_torch)
@@ -268,79 +250,6 @@ def _sum(g, q):
         diff_sq_norm += d * d
         prev_sq_norm += b * b
     return dot, sq_norm, diff_sq_norm, prev_sq_norm
-
-
-@intrinsic
-def _sum_group(typing_context, g, number, kept, tag, accumulators):
-    """Add a group's sums, squared and crossed contrasts to `accumulators`, float64 (3, 4); keep its elements.
-
-    Its GROUP whole blocks of the tensor at address `g` are those whose numbers (int32) lie at `number`; their
-    previous values, at `kept`, are overwritten. Spelled out in vectors: from so short a loop the compiler
-    makes scalar code, several times as slow.
-    """
-
-    def generate(context, builder, signature, args):
-        g, number, kept, _, accumulators = args
-        stored = signature.args[3].dtype
-        size = stored.bitwidth // 8
-        raw_type = ir.VectorType(context.get_data_type(stored), BLOCK)
-        wide, four = ir.VectorType(ir.DoubleType(), BLOCK), ir.VectorType(ir.DoubleType(), 4)
-        word = ir.IntType(64)
-        fma = builder.module.declare_intrinsic(f"llvm.fma.v{BLOCK}f64", (), ir.FunctionType(wide, [wide] * 3))
-
-        def pointer(address, kind, offset=0):
-            return builder.inttoptr(builder.add(address, ir.Constant(word, offset)), kind.as_pointer())
-
-        def as_double(raw):
-            if stored == types.uint16:
-                bits = builder.zext(raw, ir.VectorType(ir.IntType(32), BLOCK))
-                bits = builder.shl(bits, ir.Constant(bits.type, [16] * BLOCK))
-                raw = builder.bitcast(bits, ir.VectorType(ir.FloatType(), BLOCK))
-            elif stored == types.int16:
-                raw = builder.bitcast(raw, ir.VectorType(ir.HalfType(), BLOCK))
-            return raw if raw.type == wide else builder.fpext(raw, wide)
-
-        def add_halves(x, y, first, second):
-            """Two selections from the elements of x and y, added."""
-            of = ir.VectorType(ir.IntType(32), len(first))
-            parts = (builder.shuffle_vector(x, y, ir.Constant(of, index)) for index in (first, second))
-            return builder.fadd(*parts)
-
-        def totals(vectors):
-            """The sums of four vectors of BLOCK elements, as one of four."""
-            a, b, c, d = (add_halves(v, v, [0, 1, 2, 3], [4, 5, 6, 7]) for v in vectors)
-            ab, cd = (add_halves(x, y, [0, 4, 2, 6], [1, 5, 3, 7]) for x, y in ((a, b), (c, d)))
-            return add_halves(ab, cd, [0, 1, 4, 5], [2, 3, 6, 7])
-
-        halves = {}
-        for i, sign in enumerate(SIGNS):
-            index = builder.load(pointer(number, ir.IntType(32), 4 * i), align=4)
-            offset = builder.mul(builder.zext(index, word), ir.Constant(word, BLOCK * size))
-            raw = builder.load(pointer(builder.add(g, offset), raw_type), align=size)
-            kept_pointer = pointer(kept, raw_type, i * BLOCK * size)
-            a, b = as_double(raw), as_double(builder.load(kept_pointer, align=size))
-            builder.store(raw, kept_pointer, align=size)
-            d = builder.fsub(a, b)
-            pairs = ((a, b), (a, a), (d, d), (b, b))
-            if sign in halves:
-                sums = zip(pairs, halves[sign], strict=True)
-                halves[sign] = [builder.call(fma, (*pair, so_far)) for pair, so_far in sums]
-            else:
-                halves[sign] = [builder.fmul(*pair) for pair in pairs]
-        both = list(zip(halves[1], halves[-1], strict=True))
-        contrasts = [builder.fsub(*both[i]) for i in (0, 1, 3, 3)]
-        contrast = totals(contrasts)  # dot, sq_norm, prev_sq_norm, prev_sq_norm
-        turned = builder.shuffle_vector(
-            contrast, contrast, ir.Constant(ir.VectorType(ir.IntType(32), 4), [1, 2, 0, 0])
-        )
-        sums = totals([builder.fadd(*pair) for pair in both])
-        for i, value in enumerate((sums, builder.fmul(contrast, contrast), builder.fmul(contrast, turned))):
-            into = pointer(accumulators, four, 32 * i)
-            builder.store(builder.fadd(builder.load(into, align=8), value), into, align=8)
-        return context.get_dummy_value()
-
-    address = types.int64
-    return types.void(address, address, address, tag, address), generate
 
 
 @intrinsic
@@ -505,92 +414,3 @@ def _step(
             partials[c, 3] = sums[3]
     if out.size:
         _reduce(partials, bounds, out)
-
-
-@njit(nogil=True, cache=True)
-def _sample(g, size, kept, number, itemsize, tag, total):
-    """Add sums and contrasts of the drawn blocks `number` to `total`, as :func:`_sum_group`; keep them."""
-    block = BLOCK * itemsize
-    for first in range(0, number.size, GROUP):
-        q = kept + first * block
-        if BLOCK * (np.int64(number[first + GROUP - 1]) + 1) <= size:
-            _sum_group(g, number.ctypes.data + 4 * first, q, tag, total.ctypes.data)
-            continue
-        sums, contrast = np.zeros(4), np.zeros(4)
-        for b in range(GROUP):
-            start = BLOCK * np.int64(number[first + b])
-            rest = max(min(size - start, BLOCK), 0)
-            g_block = numba.carray(_pointer(g + start * itemsize, tag), rest)
-            q_block = numba.carray(_pointer(q + b * block, tag), rest)
-            of_block = _sum(g_block, q_block)
-            _copy(q_block, g_block)
-            for s in range(4):
-                sums[s] += of_block[s]
-                contrast[s] += SIGNS[b] * of_block[s]
-        d, n, p = contrast[0], contrast[1], contrast[3]
-        total[0] += sums
-        total[1] += np.array([d * d, n * n, p * p, 0.0])
-        total[2] += np.array([d * n, n * p, d * p, 0.0])
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _sample_step(
-    p,
-    g,
-    q,
-    buf,
-    copy,
-    rows,
-    hyper,
-    scale,
-    scale_of,
-    tensor,
-    start,
-    stop,
-    share,
-    itemsize,
-    tag,
-    partials,
-    bounds,
-    out,
-    number,
-    origin,
-    stratum,
-    moment_scale,
-    sizes,
-):
-    for thread in prange(share.size - 1):
-        for c in range(share[thread], share[thread + 1]):
-            k = tensor[c]
-            group = BLOCK * GROUP * stratum[k]
-            end = min(origin[k] + GROUP * -(-stop[c] // group), origin[k + 1])
-            # Some groups at a time, right after their update: they are in the first-level cache then.
-            part = max(_SAMPLE_PART // group, 1) * group if p.size else stop[c] - start[c]
-            total = np.zeros((3, 4))
-            for at in range(start[c], stop[c], part):
-                offset = at * itemsize
-                if p.size:
-                    _chunk(
-                        p[k] + offset,
-                        g[k] + offset,
-                        0,
-                        buf[k] + offset if buf.size and buf[k] else 0,
-                        False,
-                        min(stop[c] - at, part),
-                        stop[c] - at,
-                        hyper[rows[k] if p.size else 0],
-                        scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0,
-                        itemsize,
-                        tag,
-                    )
-                first = origin[k] + at // (BLOCK * stratum[k])
-                last = min(first + part // (BLOCK * stratum[k]), end) if p.size else end
-                kept = q[k] + (first - origin[k]) * BLOCK * itemsize
-                _sample(g[k], sizes[k], kept, number[first:last], itemsize, tag, total)
-            total[0] *= stratum[k]
-            total[1:] *= moment_scale[k]
-            # In the order of oscopt.kernels.sampling.MOMENTS.
-            partials[c, :4] = total[0]
-            partials[c, 4:7] = total[1, :3]
-            partials[c, 7], partials[c, 8], partials[c, 9] = total[2, 0], total[2, 2], total[2, 1]
-    _reduce(partials, bounds, out)

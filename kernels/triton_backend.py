@@ -22,9 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import addresses, capturing
-from .sampling import BLOCK as SAMPLE_BLOCK
-from .sampling import GROUP
+from . import SUMS, addresses, capturing
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -32,7 +30,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCK = 1024  # elements that a program holds at a time
 TILE = 8 * BLOCK  # elements of a program
 REDUCE_BLOCK = 256
-SAMPLE_ROWS = BLOCK // SAMPLE_BLOCK  # drawn blocks of a program
 REDUCE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 _ALIGNED: tl.constexpr = tl.constexpr(1)  # all pointers are multiples of 16 bytes
@@ -203,75 +200,6 @@ def reduce_kernel(
     tl.store(out_ptr + s * stride + layer, tl.where(value - value == 0, value, float("nan")))
 
 
-@triton.jit
-def sample_kernel(
-    pointers_ptr,  # int64 (4, N): as in step_kernel; the previous gradients are their drawn blocks
-    tensor_ptr,  # int32 (tiles,): each tile's tensor
-    first_ptr,  # int64 (tiles,): index of its first drawn block
-    whole_ptr,  # int32 (tiles,): 1 where all its drawn blocks lie in the tensor whole
-    origin_ptr,  # int64 (N + 1,): index of each tensor's first drawn block, and of the end
-    number_ptr,  # int32: numbers of the drawn blocks of all tensors
-    size_ptr,  # int64 (N,)
-    flags_ptr,  # int32 (N,): as in step_kernel
-    scale_ptr,  # float64 (N, 2): of sums and of moments
-    partial_ptr,  # float64 (tiles, 10)
-    N,
-    ELEMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Take sums and moments of ROWS drawn blocks (see oscopt.kernels.sampling) and keep their elements."""
-    tile = tl.program_id(0)
-    k = tl.load(tensor_ptr + tile)
-    drawn = tl.load(first_ptr + tile) + tl.arange(0, ROWS)
-    origin = tl.load(origin_ptr + k)
-    there = drawn < tl.load(origin_ptr + k + 1)
-    start = BLOCK * tl.load(number_ptr + drawn, mask=there, other=0).to(tl.int64)
-    rest = tl.where(there, tl.load(size_ptr + k) - start, 0)
-    lanes = tl.arange(0, BLOCK)[None, :]
-    element = tl.pointer_type(ELEMENT)
-    g_ptr = tl.load(pointers_ptr + N + k).to(element)
-    q_ptr = tl.load(pointers_ptr + 2 * N + k).to(element)
-    at_g = start[:, None] + lanes
-    at_q = BLOCK * (drawn - origin)[:, None] + lanes
-    if (tl.load(flags_ptr + k) & _ALIGNED) != 0 and tl.load(whole_ptr + tile) != 0:
-        g_ptr = tl.multiple_of(g_ptr, 16)
-        q_ptr = tl.multiple_of(q_ptr, 16)
-        g_raw = tl.load(g_ptr + at_g, mask=there[:, None], other=0.0)
-        q_raw = tl.load(q_ptr + at_q, mask=there[:, None], other=0.0)
-        tl.store(q_ptr + at_q, g_raw, mask=there[:, None])
-    else:
-        mask = lanes < rest[:, None]
-        g_raw = tl.load(g_ptr + at_g, mask=mask, other=0.0)
-        q_raw = tl.load(q_ptr + at_q, mask=mask, other=0.0)
-        tl.store(q_ptr + at_q, g_raw, mask=mask)
-    g, q = g_raw.to(tl.float64), q_raw.to(tl.float64)
-    diff = g - q
-    # Sums of every drawn block, one row a group.
-    dot = tl.reshape(tl.sum(g * q, axis=1), (ROWS // GROUP, GROUP))
-    sq_norm = tl.reshape(tl.sum(g * g, axis=1), (ROWS // GROUP, GROUP))
-    prev_sq_norm = tl.reshape(tl.sum(q * q, axis=1), (ROWS // GROUP, GROUP))
-    scale = tl.load(scale_ptr + 2 * k)
-    partial_ptr += 10 * tile.to(tl.int64)
-    tl.store(partial_ptr, scale * tl.sum(dot))
-    tl.store(partial_ptr + 1, scale * tl.sum(sq_norm))
-    tl.store(partial_ptr + 2, scale * tl.sum(diff * diff))
-    tl.store(partial_ptr + 3, scale * tl.sum(prev_sq_norm))
-    scale = tl.load(scale_ptr + 2 * k + 1)
-    member = tl.arange(0, GROUP)
-    sign = tl.where(((member ^ (member >> 1) ^ (member >> 2)) & 1) == 0, 1.0, -1.0)[None, :]
-    dot = tl.sum(dot * sign, axis=1)
-    sq_norm = tl.sum(sq_norm * sign, axis=1)
-    prev_sq_norm = tl.sum(prev_sq_norm * sign, axis=1)
-    tl.store(partial_ptr + 4, scale * tl.sum(dot * dot))
-    tl.store(partial_ptr + 5, scale * tl.sum(sq_norm * sq_norm))
-    tl.store(partial_ptr + 6, scale * tl.sum(prev_sq_norm * prev_sq_norm))
-    tl.store(partial_ptr + 7, scale * tl.sum(dot * sq_norm))
-    tl.store(partial_ptr + 8, scale * tl.sum(dot * prev_sq_norm))
-    tl.store(partial_ptr + 9, scale * tl.sum(sq_norm * prev_sq_norm))
-
-
 _ELEMENT = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -297,25 +225,19 @@ def constants(
     }
 
 
-def sample_constants(dtype: torch.dtype) -> dict:
-    """The compile-time arguments of :func:`sample_kernel`."""
-    return {"ELEMENT": _ELEMENT[dtype], "BLOCK": SAMPLE_BLOCK, "GROUP": GROUP, "ROWS": SAMPLE_ROWS}
-
-
 def options(dtype: torch.dtype, warp_size: int = 64 if torch.version.hip else 32) -> dict:
-    """The compiler's options for step and sample: as many threads as make an access 16 bytes wide."""
+    """The compiler's options for the step kernel: as many threads as make an access 16 bytes wide."""
     return {"num_warps": BLOCK * dtype.itemsize // (16 * warp_size), "enable_fp_fusion": False}
 
 
 class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, drawn=None, scale_of=None) -> None:
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of=None) -> None:
         self._params = params
         self._dtype = params[0].dtype
         self._device = params[0].device
         self._num_layers = num_layers
-        self._drawn = drawn
         sizes = np.array([p.numel() for p in params], np.int64)
         tensor, start = _tiles(sizes, TILE)
         self._tensor, self._start, self._sizes = (
@@ -323,22 +245,10 @@ class Batch:
             self._upload(start),
             self._upload(sizes),
         )
-        if drawn is not None:
-            lengths = np.array([len(d.number) for d in drawn], np.int64)
-            ends = np.cumsum(lengths)
-            tensor, start = _tiles(lengths, SAMPLE_ROWS)
-            first = start + (ends - lengths)[tensor]
-            scale = np.array([(d.stratum, d.moment_scale) for d in drawn], np.float64)
-            number = np.concatenate([d.number for d in drawn])
-            last = np.minimum(first + SAMPLE_ROWS, ends[tensor]) - 1
-            whole = SAMPLE_BLOCK * (number[last] + np.int64(1)) <= sizes[tensor]
-            tables = (tensor, first, whole.astype(np.int32), np.concatenate([[0], ends]), number)
-            self._sample = [self._upload(table) for table in (*tables, sizes, scale)]
         self._scale_of = self._upload(np.array(layer_of if scale_of is None else scale_of, np.int32))
         bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
         self._bounds = self._upload(bounds.astype(np.int32))
-        self._sums = 4 if drawn is None else 10
-        self._partials = torch.empty((len(tensor), self._sums), dtype=torch.float64, device=self._device)
+        self._partials = torch.empty((len(tensor), len(SUMS)), dtype=torch.float64, device=self._device)
         self._tables: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._spares: list[tuple[Tensor, Tensor]] = []  # on the host and on the device
         self._captured: list[Tensor] = []  # what graphs read
@@ -355,8 +265,7 @@ class Batch:
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
         measure = prevs is not None
         pointers, flags = self._table(grads, prevs, bufs, copies)
-        whole = measure and self._drawn is None
-        if len(self._tensor) and (whole or hyper is not None):
+        if len(self._tensor) and (measure or hyper is not None):
             if hyper is not None:
                 if self._rows[0] != rows:
                     self._rows = (list(rows), self._upload(np.array(rows, np.int32)))
@@ -367,9 +276,9 @@ class Batch:
             chosen = constants(
                 self._dtype,
                 update=hyper is not None,
-                measure=whole,
+                measure=measure,
                 momentum=bufs is not None and any(b is not None for b in bufs),
-                copy=whole and copies is not None,
+                copy=measure and copies is not None,
                 scaled=scale is not None,
             )
             step_kernel[(len(self._tensor),)](
@@ -388,24 +297,13 @@ class Batch:
                 **chosen,
                 **options(self._dtype),
             )
-        if measure and self._drawn is not None and len(self._partials):
-            sample_kernel[(len(self._partials),)](
-                pointers,
-                *self._sample[:-1],
-                flags,
-                self._sample[-1],
-                self._partials,
-                len(grads),
-                **sample_constants(self._dtype),
-                **options(self._dtype),
-            )
         if measure and self._num_layers:
-            reduce_kernel[(self._num_layers, self._sums)](
+            reduce_kernel[(self._num_layers, len(SUMS))](
                 self._partials,
                 self._bounds,
                 out,
                 out.stride(0),
-                SUMS=self._sums,
+                SUMS=len(SUMS),
                 BLOCK=REDUCE_BLOCK,
                 **REDUCE_OPTIONS,
             )

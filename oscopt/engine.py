@@ -7,7 +7,6 @@ tells), the pair is lost, recorded as NaN, and from then on that parameter's gra
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,6 @@ from . import kernels, measures
 from .adapt import Adapter
 from .distributed import Ranks, bare, describe, is_dtensor
 from .history import History
-from .kernels.sampling import NOTHING, draw, estimate
 from .recorder import Recorder
 from .window import Window
 
@@ -31,12 +29,6 @@ PREVIOUS = "prev_grad"
 
 COPIED = "prev_grad_copied"
 """Key of a mark there: the previous gradient is a copy of ours, as the tensor itself is being reused."""
-
-SAMPLE = "prev_sample"
-"""Key of the drawn blocks of a parameter's previous gradient there, when only a part is measured."""
-
-SAMPLE_LAYOUT = "prev_sample_layout"
-"""Key of the strides that these blocks were cut by, and of what decided on them."""
 
 _GRAD, _VERSION = map(attrgetter, ("grad", "_version"))
 
@@ -60,7 +52,6 @@ class Slot:
     stride: tuple[int, ...]
     dense: bool
     copied: bool  # the previous gradient is ours, the kernel copies into it
-    sample: Tensor | None = None  # the kept blocks of it, when only a part is measured
     state: dict[str, Any] | None = None  # None: there is none yet
 
 
@@ -72,7 +63,6 @@ class Engine:
         states: the state of each parameter (an optimizer's); one that has none gets it when there is any.
         layers: the name of each parameter's layer, None: not measured.
         every: measure every so many steps.
-        sample: the fraction of each layer that is measured.
         backend: "auto" or one of :data:`oscopt.kernels.BACKENDS`.
         history: where the sums go.
         ranks: the processes that share the parameters, if they have found each other already.
@@ -91,7 +81,6 @@ class Engine:
         groups: Sequence[int],
         layers: Sequence[str | None],
         every: int,
-        sample: float,
         backend: str,
         history: History,
         ranks: Ranks | None = None,
@@ -100,7 +89,7 @@ class Engine:
     ) -> None:
         self.layer_names = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
         index: dict[str | None, int] = {name: i for i, name in enumerate(self.layer_names)} | {None: -1}
-        self.ranks = _ranks(names, params, layers, {"every": every, "sample": sample}, ranks)
+        self.ranks = _ranks(names, params, layers, {"every": every}, ranks)
         counted = self.ranks.counted if self.ranks is not None else [True] * len(params)
         self._recorder = recorder
         self._states = states
@@ -138,12 +127,6 @@ class Engine:
         self.backends = {device: kernels.backend(backend, device) for device in devices}
         self.backend = "+".join(dict.fromkeys(module.NAME for module in self.backends.values()))
         self._every = every
-        self._drawn = None
-        if sample < 1.0:
-            self._drawn = [
-                draw(slot.param.numel(), sample, slot.name) if slot.layer >= 0 else NOTHING
-                for slot in self.slots
-            ]
         self.history = history
         history.add_layers(self.layer_names)
         history.follow(None if recorder is None else recorder.collect)
@@ -158,18 +141,14 @@ class Engine:
         """The previous gradients, as tensors like `param`."""
         self._version = [0] * len(self.slots)
         """Their versions when they were kept."""
-        unfit = [slot for i, slot in enumerate(self.slots) if not self._take_up(i, slot)]
-        self._forget({slot.home for slot in unfit})
-        self._kept = [
-            i for i, slot in enumerate(self.slots) if self._prev[i] is not None or slot.sample is not None
-        ]
+        for i, slot in enumerate(self.slots):
+            self._take_up(i, slot)
+        self._kept = [i for i, prev in enumerate(self._prev) if prev is not None]
         if recorder is not None:
             recorder.forget(sorted(set(self._everyone).difference(self._kept)))
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._by_reference = False
         """Whether all previous gradients are those of the last step themselves."""
-        self._samples: kernels.Tensors | None = None
-        """The kept blocks of all parameters, where all are measured and theirs fit their gradients."""
         self._state_dicts: list[dict[str, Any]] = []
         self._all_measured = all(slot.layer >= 0 for slot in self.slots)
         self._rates: dict[tuple[float, ...], np.ndarray] = {}
@@ -198,16 +177,15 @@ class Engine:
         """
         if self._recorder is not None:
             for i in self._recorder.unknown():  # graphs write to what is kept of them: it stays
-                for kept in (self._prev[i], self.slots[i].sample):
-                    if kept is not None:
-                        kept.fill_(torch.nan)
+                if self._prev[i] is not None:
+                    self._prev[i].fill_(torch.nan)
         layers = set()
         for i, slot in enumerate(self.slots):
             prev, state = self._prev[i], self._states.get(slot.outer, {})
             if prev is not None and not slot.copied and prev._version != self._version[i]:
                 layers.add(slot.home)
             elif slot.state is not None and slot.state is not state:
-                if not state.keys() >= slot.state.keys() & {PREVIOUS, SAMPLE}:
+                if not state.keys() >= slot.state.keys() & {PREVIOUS}:
                     layers.add(slot.home)
         self._forget(layers)
 
@@ -217,12 +195,11 @@ class Engine:
         """
         if not layers:
             return
-        self._prev, self._by_reference, self._samples = list(self._prev), False, None
+        self._prev, self._by_reference = list(self._prev), False
         for i, slot in enumerate(self.slots):
             if slot.home in layers and slot.state is not None:
-                self._prev[i] = slot.sample = None
+                self._prev[i] = None
                 slot.state.pop(PREVIOUS, None)
-                slot.state.pop(SAMPLE, None)
 
     def state(self, slot: Slot) -> dict[str, Any]:
         """The state of its parameter, to be written."""
@@ -243,13 +220,6 @@ class Engine:
         self.history.settle()
         dot, sq_norm, _, prev_sq_norm = self._latest()[:4]
         return measures.correlation(dot, sq_norm, prev_sq_norm)
-
-    def correlation_stderr(self) -> Tensor:
-        """Standard error of the latest mu of each layer: float64, shape (L,); 0 where all is measured."""
-        if self._last_row is None:
-            return torch.full((len(self.layer_names),), torch.nan, dtype=torch.float64)
-        self.history.settle()
-        return self._latest()[4]
 
     def global_correlation(self) -> Tensor:
         """Latest mu of all layers together: float64, 0-dim."""
@@ -294,9 +264,9 @@ class Engine:
     def let_go(self) -> None:
         """Hold no gradient any more."""
         for slot in self.slots:
-            slot.sample = slot.state = None
+            slot.state = None
         self._state_dicts, self._known_states = [], []
-        self._prev, self._by_reference, self._samples = [None] * len(self.slots), False, None
+        self._prev, self._by_reference = [None] * len(self.slots), False
         self._kept, self.windows = [], []
 
     def gradients(self) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
@@ -359,8 +329,7 @@ class Engine:
                 "make it with capturable=True"
             )
         present = [i for i, g in enumerate(grads) if g is not None]
-        kept = {i: self._prev[i] if self._drawn is None else self.slots[i].sample for i in present}
-        dtypes = {i: None if value is None else value.dtype for i, value in kept.items()}
+        dtypes = {i: None if self._prev[i] is None else self._prev[i].dtype for i in present}
         lacking = any(dtypes[i] != grads[i].dtype for i in present if self.slots[i].layer >= 0)
         if self.untouched or lacking or self._kept != present:
             raise RuntimeError(
@@ -382,9 +351,8 @@ class Engine:
 
     def in_use(self) -> tuple:
         """What a captured step reads and writes: graphs do not keep it alive."""
-        samples = [slot.sample for slot in self.slots]
         plans, masks = list(self._plans.values()), list(self._masks.values())
-        return plans, masks, list(self._prev), samples, self._adapter, self._recorder
+        return plans, masks, list(self._prev), self._adapter, self._recorder
 
     def begin(self, grads: Sequence[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         """Keep gradients that no step was made of."""
@@ -419,10 +387,7 @@ class Engine:
         prevs, copies, lost, sums = None, None, [], None
         changed = self._changed(grads, present) if self._recorder is not None else None
         row = self._record.next_row(self.device) if measured else None
-        if self._drawn is not None and (measured or keep):
-            prevs, lost = self._kept_samples(grads, present, regular)
-            sums = torch.zeros((10, len(self.layer_names)), dtype=torch.float64, device=self.device)
-        elif self._drawn is None and measured:
+        if measured:
             prevs, copies, lost = self._pairs(grads, wholes, present)
             sums = row[:4]  # zeros until now
         adapter, plans = self._adapter, self._plan(present, grads, regular)
@@ -438,7 +403,7 @@ class Engine:
         if row is not None:
             if lost:
                 everything = len(lost) == len(self.layer_names)  # as at the start: no index to upload
-                for part in (sums[0], sums[2], sums[3], *sums[4:]):
+                for part in (sums[0], sums[2], sums[3]):
                     part[slice(None) if everything else lost] = torch.nan
             if changed is not None:
                 sums[:1].masked_fill_(changed, torch.nan)
@@ -459,25 +424,17 @@ class Engine:
         for window in tuple(self.windows):
             number = step if self._recorder is None else self._recorder.count()
             window.add(number, present, [self.slots[i].layer for i in present], [grads[i] for i in present])
-        if self._drawn is None:
-            self.keep(grads, wholes, present if keep else [], copied=measured)
+        self.keep(grads, wholes, present if keep else [], copied=measured)
 
     def _changed(self, grads: Sequence[Tensor | None], present: list[int]) -> Tensor:
         """With a recorder: the layers that have no valid pair, bool, (L,). Makes room for what is kept."""
         missing = []
         for i in present:
-            slot, g = self.slots[i], grads[i]
-            if self._drawn is None:
-                kept, wanted = self._prev[i], slot.home >= 0
-            else:
-                kept, wanted = slot.sample, slot.layer >= 0
-            if not wanted or (kept is not None and kept.dtype == g.dtype):
+            slot, g, kept = self.slots[i], grads[i], self._prev[i]
+            if slot.home < 0 or (kept is not None and kept.dtype == g.dtype):
                 continue
             missing.append(i)
-            if self._drawn is None:
-                self._make_copy(i, g.dtype)
-            else:
-                self._make_sample(i, g)
+            self._make_copy(i, g.dtype)
         if missing:
             self._recorder.forget(missing)
         key = tuple(present)
@@ -517,8 +474,6 @@ class Engine:
 
     def _complete(self, sums: Tensor, row: Tensor, rates: tuple) -> None:
         """What follows once the sums are those of all ranks."""
-        if self._drawn is not None:
-            estimate(sums, row)
         if self._adapter is not None:
             if self._recorder is None:
                 rates = tuple(torch.from_numpy(rate).to(self.device, non_blocking=True) for rate in rates)
@@ -526,42 +481,6 @@ class Engine:
             self._adapter.decide(row[:4], lr, prev_lr * row[6])
             if self._adapter.lag == 0:
                 row[5] = self._adapter.scale
-
-    def _kept_samples(self, grads, present, regular: bool) -> tuple[list, list[int]]:
-        """The kept blocks of the previous gradients, and the layers that have no valid pair."""
-        if regular and self._samples is not None and self._kept is present:
-            return self._samples, []
-        self._samples = None
-        lost: set[int] = set()
-        if self._kept != present and self._recorder is None:
-            changed = set(self._kept).symmetric_difference(present)
-            lost.update(self.slots[i].layer for i in changed)
-            for i in changed.difference(present):
-                slot = self.slots[i]
-                slot.sample = None
-                self.state(slot).pop(SAMPLE, None)
-        kept: list[Tensor | None] = list(grads)
-        for i in present:
-            slot = self.slots[i]
-            if slot.layer < 0:
-                continue
-            if slot.sample is None or slot.sample.dtype != grads[i].dtype:
-                lost.add(slot.layer)
-                self._make_sample(i, grads[i])
-            kept[i] = slot.sample
-        if regular and self._all_measured:
-            self._samples = kept = kernels.Tensors(kept)
-        self._kept = present
-        return kept, sorted(lost - {-1})
-
-    def _make_sample(self, i: int, grad: Tensor) -> None:
-        """Room for the drawn blocks of a parameter's gradients."""
-        slot = self.slots[i]
-        slot.sample = grad.new_zeros(self._drawn[i].kept_size)
-        # What was drawn of a piece fits no other number of ranks: not for checkpoints.
-        if not is_dtensor(slot.outer):
-            state = self.state(slot)
-            state[SAMPLE], state[SAMPLE_LAYOUT] = slot.sample, self._sample_layout(i)
 
     def _pairs(self, grads, wholes, present) -> tuple[list, list[bool] | None, Sequence[int]]:
         """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
@@ -615,8 +534,6 @@ class Engine:
 
         `copied`: the kernel has overwritten the copies already.
         """
-        if self._drawn is not None:
-            return
         if self._recorder is not None:
             for i in kept:
                 if self.slots[i].home >= 0 and (not copied or self.slots[i].layer < 0):
@@ -672,7 +589,6 @@ class Engine:
                         [self.slots[i].layer for i in index],
                         len(self.layer_names),
                         self.backends[device],
-                        kernels.pick(self._drawn, index),
                         [self._scale_of[i] for i in index],
                     ),
                 )
@@ -680,27 +596,15 @@ class Engine:
             ]
         return self._plans[key]
 
-    def _take_up(self, i: int, slot: Slot) -> bool:
-        """Go on with what an optimizer's state holds of a parameter; forget what was kept in another mode.
-
-        Returns:
-            False: it holds a sample that does not fit any more.
+    def _take_up(self, i: int, slot: Slot) -> None:
+        """Go on with what an optimizer's state holds of a parameter.
 
         Raises:
-            ValueError: it holds something else that does not fit the parameter.
+            ValueError: it holds something that does not fit the parameter.
         """
         if slot.state is None:
-            return True
+            return
         state = slot.state
-        sample = state.get(SAMPLE)
-        fits = self._drawn is not None and sample is not None
-        fits = fits and state.get(SAMPLE_LAYOUT) == self._sample_layout(i)
-        if not (fits and sample.dtype == slot.param.dtype and sample.device == slot.param.device):
-            state.pop(SAMPLE, None)
-            state.pop(SAMPLE_LAYOUT, None)
-        if self._drawn is not None:
-            state.pop(PREVIOUS, None)
-            state.pop(COPIED, None)
         for key in (PREVIOUS, "momentum_buffer"):
             if state.get(key) is None:
                 continue
@@ -719,13 +623,6 @@ class Engine:
             state[PREVIOUS] = self._recorder.own(i, state[PREVIOUS])
             self._prev[i] = bare(state[PREVIOUS])
         slot.copied = slot.copied or state.get(COPIED, False)
-        slot.sample = state.get(SAMPLE)
-        return slot.sample is sample
-
-    def _sample_layout(self, i: int) -> list[int]:
-        """What decides which elements of a gradient the drawn blocks are."""
-        slot, drawn = self.slots[i], self._drawn[i]
-        return [*slot.stride, drawn.stratum, len(drawn.number), zlib.crc32(slot.name.encode())]
 
     def _layer_lr(self, lr: tuple[float, ...]) -> np.ndarray:
         """Rate of every layer, NaN where its parameters differ; the same array while the rates are."""
@@ -741,7 +638,7 @@ class Engine:
         return self._rates[lr]
 
 
-def check_settings(every: int, sample: float, capturable: bool) -> None:
+def check_settings(every: int, capturable: bool) -> None:
     """Check what :class:`oscopt.OscGD` and :class:`oscopt.OscMonitor` both take.
 
     Raises:
@@ -749,13 +646,8 @@ def check_settings(every: int, sample: float, capturable: bool) -> None:
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"Invalid every: {every!r}; use a whole number of steps, 1 or more")
-    if not (isinstance(sample, int | float) and 0.0 < sample <= 1.0):
-        raise ValueError(f"Invalid sample: {sample!r}; use a fraction greater than 0 and at most 1")
     if capturable and every > 1:
-        raise ValueError(
-            f"Invalid every: {every} with capturable=True, where all steps are the same; use 1, and "
-            "sample=1/16 to measure at little cost"
-        )
+        raise ValueError(f"Invalid every: {every} with capturable=True, where all steps are the same; use 1")
 
 
 def skipped(optimizer: torch.optim.Optimizer) -> bool:

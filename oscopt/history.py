@@ -286,7 +286,7 @@ class History:
 
     @property
     def correlation_stderr(self) -> np.ndarray:
-        """Standard error of `correlation()` if a sample is measured, else 0: float64, shape (T, L)."""
+        """Standard error of `correlation()` where it is estimated, else 0: float64, shape (T, L)."""
         return self._sum("correlation_stderr")
 
     @property

@@ -27,7 +27,7 @@ class OscTrainerCallback(TrainerCallback):
         log: called with the numbers by name, for example ``wandb.log``.
         prefix: of the names.
         log_layers: whether single layers are logged, too.
-        options: of the :class:`oscopt.OscMonitor`: `what`, `layers`, `every`, `sample`, ... An
+        options: of the :class:`oscopt.OscMonitor`: `what`, `layers`, `every`, ... An
             :class:`oscopt.OscGD` measures itself.
 
     Attributes:

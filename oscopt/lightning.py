@@ -27,7 +27,7 @@ class OscCallback(pl.Callback):
     Args:
         prefix: of the logged names, with the optimizer's number behind it if there are several.
         log_layers: whether single layers are logged, too.
-        options: of the monitors: `what`, `layers`, `every`, `sample`, ...
+        options: of the monitors: `what`, `layers`, `every`, ...
 
     Attributes:
         meters: an OscGD or OscMonitor for each optimizer; their `history` stays after `fit`.

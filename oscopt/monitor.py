@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import Ranks, bare
-from .engine import COPIED, PREVIOUS, SAMPLE, SAMPLE_LAYOUT, Engine, check_settings, skipped
+from .engine import COPIED, PREVIOUS, Engine, check_settings, skipped
 from .history import History
 from .kernels import capturing
 from .layers import Layers, assign
@@ -22,7 +22,7 @@ from .window import Window
 QUANTITIES = ("grad", "update")
 """What can be measured."""
 
-_KEYS = (PREVIOUS, COPIED, SAMPLE, SAMPLE_LAYOUT)
+_KEYS = (PREVIOUS, COPIED)
 
 
 class OscMonitor:
@@ -34,7 +34,7 @@ class OscMonitor:
         what: "grad": the gradients that a step finds (that it ends with, where it calls a closure or unscales
             them itself). "update": what it has added to the parameters, x_{t+1} - x_t; this takes two copies
             of the parameters. Or both, as a tuple.
-        layers, every, sample, capturable, backend: as in :class:`oscopt.OscGD`. For a CUDA graph the
+        layers, every, capturable, backend: as in :class:`oscopt.OscGD`. For a CUDA graph the
             optimizer must be `capturable` as well.
         history, update_history: record into these, which go on where they end. Default: new ones.
 
@@ -56,13 +56,12 @@ class OscMonitor:
         *,
         layers: Layers = "module",
         every: int = 1,
-        sample: float = 1.0,
         capturable: bool = False,
         backend: str = "auto",
         history: History | None = None,
         update_history: History | None = None,
     ) -> None:
-        check_settings(every, sample, capturable)
+        check_settings(every, capturable)
         self.what = (what,) if isinstance(what, str) else tuple(what)
         if not self.what or set(self.what) - set(QUANTITIES):
             raise ValueError(f"Invalid what: {what!r}; use 'grad', 'update' or ('grad', 'update')")
@@ -81,7 +80,6 @@ class OscMonitor:
             "groups": [group_of[p] for p in held.values()],
             "layers": assign(list(held), layers),
             "every": every,
-            "sample": float(sample),
             "backend": backend,
         }
         given = {"grad": history, "update": update_history}
@@ -109,11 +107,6 @@ class OscMonitor:
     def correlation(self) -> Tensor:
         """Latest correlation mu of each layer's gradients: float64, shape (L,), on the parameters' device."""
         return self._engine("grad").correlation()
-
-    @property
-    def correlation_stderr(self) -> Tensor:
-        """Standard error of `correlation` with `sample` < 1, else 0: float64, shape (L,)."""
-        return self._engine("grad").correlation_stderr()
 
     @property
     def global_correlation(self) -> Tensor:

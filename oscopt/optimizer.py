@@ -61,9 +61,6 @@ class OscGD(Optimizer):
             measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None;
             if it cannot be pickled (a lambda), a pickled optimizer has its answers so far, as a dict.
         every: measure every `every`-th step; the others cost what SGD costs.
-        sample: in (0, 1]. Less than 1: measure a fixed pseudo-random choice of aligned blocks that holds this
-            fraction of each parameter (at least 16,384 elements, or all of it), and keep only their previous
-            gradient. The sums are then unbiased estimates; `correlation_stderr` tells the error.
         adapt: a policy of :mod:`oscopt.adapt`, or its name, that sets a multiplier of `lr` for each layer
             from what was measured; None: all stay 1. A group with ``"adapt": False`` is left out.
         backend: "auto", "triton" (CUDA, ROCm), "numba" (CPU) or "torch" (anywhere).
@@ -103,12 +100,11 @@ class OscGD(Optimizer):
         fused: bool | None = None,
         layers: Layers = "module",
         every: int = 1,
-        sample: float = 1.0,
         adapt: str | Policy | None = None,
         backend: str = "auto",
         history: History | None = None,
     ) -> None:
-        check_settings(every, sample, capturable)
+        check_settings(every, capturable)
         policy = resolve(adapt)
         if history is not None and not isinstance(history, History):
             raise TypeError(f"history must be an oscopt.History or None, not {type(history).__name__}")
@@ -139,7 +135,6 @@ class OscGD(Optimizer):
         self._layers = layers
         self._assigned: dict[str, str | None] = {}  # parameter -> layer
         self._every = every
-        self._sample = float(sample)
         self._backend = backend
         self._policy = policy
         self._adapter: Adapter | None = None
@@ -161,11 +156,6 @@ class OscGD(Optimizer):
     def correlation(self) -> Tensor:
         """Latest correlation mu of each layer: float64, shape (L,), on the parameters' device, no waiting."""
         return self._ensure_engine().correlation()
-
-    @property
-    def correlation_stderr(self) -> Tensor:
-        """Standard error of `correlation` with `sample` < 1, else 0: float64, shape (L,), on the device."""
-        return self._ensure_engine().correlation_stderr()
 
     @property
     def global_correlation(self) -> Tensor:
@@ -434,7 +424,7 @@ class OscGD(Optimizer):
         self._show_state()
         own = {
             name: getattr(self, name)
-            for name in ("_every", "_sample", "_backend", "_history", "_assigned", "_policy", "_capturable")
+            for name in ("_every", "_backend", "_history", "_assigned", "_policy", "_capturable")
         }
         own["_layers"] = self._layers if _can_be_pickled(self._layers) else dict(self._assigned)
         return super().__getstate__() | own
@@ -494,7 +484,6 @@ class OscGD(Optimizer):
                 groups=groups,
                 layers=list(self._assigned.values()),
                 every=self._every,
-                sample=self._sample,
                 backend=self._backend,
                 history=self._history,
                 ranks=self._ranks,

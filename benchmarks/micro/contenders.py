@@ -148,7 +148,6 @@ def contenders(backends: Sequence[str], *, compiled: bool = True) -> list[Conten
         Contender(BASE_MOMENTUM, _optimizer(sgd, fused=True, **momentum), 5, own=1),
         *(Contender(f"oscgd {name}", _optimizer(OscGD, backend=name), 4) for name in backends),
         Contender("oscgd every=10", _optimizer(OscGD, every=10, **fastest), 3.1, repeat=10),
-        Contender("oscgd sample=1/16", _optimizer(OscGD, sample=1 / 16, **fastest), 3 + 2 / 16),
         Contender("oscgd adapt", _optimizer(OscGD, adapt="auto", **fastest), 4, base=plain),
         Contender("oscgd momentum", _optimizer(OscGD, **momentum, **fastest), 6, own=1, base=BASE_MOMENTUM),
         Contender("sgd fused + monitor", _monitor, 5),

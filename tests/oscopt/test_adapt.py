@@ -417,9 +417,7 @@ def test_warm_up_and_bounds():
     assert (optimizer.step_scale == 1.7).any() and (optimizer.step_scale <= 1.7).all()
 
 
-@pytest.mark.parametrize(
-    "options", [{"every": 3}, {"sample": 0.5}, {"momentum": 0.9, "nesterov": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{"every": 3}, {"momentum": 0.9, "nesterov": True}], ids=str)
 def test_together_with_other_options(options):
     net = small_net()
     optimizer = OscGD(net.named_parameters(), lr=0.01, adapt=CosineStep(0.2), **options)

@@ -20,11 +20,9 @@ CASES = {
     "plain": {},
     "momentum": {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
     "dampening": {"momentum": 0.9, "dampening": 0.5, "maximize": True},
-    "sample": {"sample": 0.25},
     "auto": {"adapt": "auto"},
     "cosine": {"adapt": CosineStep(beta=0.2), "momentum": 0.5},
     "secant": {"adapt": SecantStep()},
-    "sample and secant": {"sample": 0.25, "adapt": SecantStep()},
     "parameters": {"layers": "parameter"},
     "some layers": {"layers": lambda name: "first" if name.startswith("a") else None},
 }
@@ -117,7 +115,6 @@ def test_the_same_numbers_as_without(case, backend):
         assert torch.equal(a.step_scale, b.step_scale)
         torch.testing.assert_close(a.correlation, b.correlation, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(a.global_correlation, b.global_correlation, rtol=0, atol=0)
-        torch.testing.assert_close(a.correlation_stderr, b.correlation_stderr, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +122,6 @@ def test_the_same_numbers_as_without(case, backend):
     [
         *((case, torch.float32) for case in CASES if case != "auto"),
         ("momentum", torch.bfloat16),
-        ("sample", torch.bfloat16),
     ],
     ids=str,
 )
@@ -330,15 +326,14 @@ def test_captures_that_cannot_be(monkeypatch):
     for _, p in named:
         p.grad = torch.ones_like(p)
     unchanged(named, optimizer, RuntimeError, "take 3 such steps")
-    for options in ({}, {"sample": 0.5}):
-        named, optimizer = warm(**options)
-        named[0][1].grad, named[1][1].grad = None, None
-        eager(named[2:], optimizer, [g[2:] for g in gradients()], [0])
-        named[0][1].grad = torch.ones_like(named[0][1])
-        unchanged(named, optimizer, RuntimeError, "take 3 such steps")
-        named, optimizer = warm(**options)
-        named[0][1].grad = None
-        unchanged(named, optimizer, RuntimeError, "take 3 such steps")
+    named, optimizer = warm()
+    named[0][1].grad, named[1][1].grad = None, None
+    eager(named[2:], optimizer, [g[2:] for g in gradients()], [0])
+    named[0][1].grad = torch.ones_like(named[0][1])
+    unchanged(named, optimizer, RuntimeError, "take 3 such steps")
+    named, optimizer = warm()
+    named[0][1].grad = None
+    unchanged(named, optimizer, RuntimeError, "take 3 such steps")
     named, optimizer = warm()
     optimizer.param_groups[0]["weight_decay"] = 0.1
     unchanged(named, optimizer, RuntimeError, "something has changed since the last step")
@@ -373,9 +368,8 @@ class Descent(torch.optim.Optimizer):
                 p.sub_(group["lr"] * p.grad)
 
 
-@pytest.mark.parametrize("options", [{}, {"sample": 0.25}], ids=["exact", "sample"])
-def test_a_monitor_of_a_captured_optimizer(options, monkeypatch):
-    options = options | {"what": ("grad", "update"), "backend": "triton"}
+def test_a_monitor_of_a_captured_optimizer(monkeypatch):
+    options = {"what": ("grad", "update"), "backend": "triton"}
     grads = gradients()
     usual, captured = parameters(), parameters()
     rates = torch.tensor(1.0, device=DEVICE), torch.tensor(1.0, device=DEVICE)
@@ -424,7 +418,7 @@ def test_graphs_of_different_parameters_in_turn(monkeypatch):
     parts = {"first": [0, 1, 3], "second": [0, 2, 3, 4], "all": [0, 1, 2, 3, 4]}
     order = ["first"] * 3 + ["second"] * 3 + ["all"] * 3
     order += ["first", "second", "second", "first", "all", "first"]
-    for options in ({"sample": 0.5}, {"momentum": 0.9}):
+    for options in ({}, {"momentum": 0.9}):
         usual, captured = parameters(), parameters()
         a = OscGD(usual, lr=0.1, layers=layers, backend="triton", **options)
         b = OscGD(captured, lr=0.1, layers=layers, backend="triton", capturable=True, **options)
@@ -476,22 +470,18 @@ def test_what_a_graph_uses_stays(monkeypatch):
         eager(named, optimizer, gradients(), [0])
 
     changes = (without_gradients, other_momentum, another_group, another_state, no_state)
-    for options, some in (
-        ({"momentum": 0.9, "adapt": SecantStep()}, changes),
-        ({"sample": 0.5}, changes[:1]),
-    ):
-        for change in some:
-            named, optimizer = warm(**options)
-            graph = FakeGraph(monkeypatch)
-            with graph.capture():
-                optimizer.step()
-            change(named, optimizer)
-            assert len(optimizer.history) >= WARM + 1
-            assert graph.dangling() == 0, change.__name__
-            del optimizer
-            for _, p in named:
-                p.grad = None
-            assert graph.dangling() > 0  # it can tell
+    for change in changes:
+        named, optimizer = warm(momentum=0.9, adapt=SecantStep())
+        graph = FakeGraph(monkeypatch)
+        with graph.capture():
+            optimizer.step()
+        change(named, optimizer)
+        assert len(optimizer.history) >= WARM + 1
+        assert graph.dangling() == 0, change.__name__
+        del optimizer
+        for _, p in named:
+            p.grad = None
+        assert graph.dangling() > 0  # it can tell
 
 
 def test_a_policy_that_keeps_what_it_is_shown(monkeypatch):
@@ -606,7 +596,7 @@ def test_a_window_does_not_bridge_replays(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"sample": 0.25, "momentum": 0.9}, {"adapt": "cosine"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"adapt": "cosine"}], ids=str)
 def test_a_real_graph_of_a_whole_training_step(options):
     x, y = batch()
     usual, net = small_net(), small_net()

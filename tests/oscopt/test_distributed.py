@@ -160,23 +160,6 @@ def fsdp_in_mixed_precision(rank, world):
         assert abs(optimizer.history.correlation()[t, -1] - before @ now / before.norm() / now.norm()) < 1e-6
 
 
-def fsdp_sampled(rank, world):
-    """Large layers: the estimate lies near the truth, and its error is told."""
-    torch.manual_seed(0)
-    model = fully_shard(nn.Linear(300, 400))
-    optimizer = OscGD(model.named_parameters(), lr=0.0, sample=0.25)
-    whole = OscMonitor(optimizer, model.named_parameters())
-    for _ in range(4):
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(torch.randn(8, 300)), torch.randn(8, 400)).backward()
-        optimizer.step()
-    ours, wanted = optimizer.history.correlation()[1:], whole.history.correlation()[1:]
-    error = optimizer.history.correlation_stderr[1:]
-    assert (np.abs(ours - wanted) < 5 * error).all() and (0 < error).all() and (error < 0.05).all()
-    agrees(optimizer.history, optimizer.history)
-    assert "prev_sample" not in optimizer.state_dict()["state"].get(0, {})
-
-
 def fsdp_windows(rank, world):
     model, reference = sharded(), net()
     windows = []
@@ -333,7 +316,6 @@ def disagreements(rank, world):
             f"disagree on the layers: '2.bias' is in '2.bias' on rank 0 and in 'odd' on rank {last}",
         ),
         ({"every": 2 if rank == last else 1}, f"every is 1 on rank 0 and 2 on rank {last}"),
-        ({"sample": 0.5 if rank == last else 1.0}, f"sample is 1.0 on rank 0 and 0.5 on rank {last}"),
     ]
     for options, text in cases:
         with pytest.raises(ValueError, match=text):
@@ -400,7 +382,7 @@ def load(rank, world, folder):
             )
 
 
-EVERYWHERE = [ddp, fsdp, fsdp_with_reused_gradients, fsdp_in_mixed_precision, fsdp_sampled, fsdp_windows]
+EVERYWHERE = [ddp, fsdp, fsdp_with_reused_gradients, fsdp_in_mixed_precision, fsdp_windows]
 EVERYWHERE += [monitored, tensor_parallel_shard_and_replicate, sequence_parallel, one_reduction_a_step]
 EVERYWHERE += [adapted, disagreements, added_groups, group_that_is_gone]
 CASES = [(2, f) for f in EVERYWHERE] + [(4, f) for f in (ddp, fsdp, monitored, hybrid, added_groups)]

@@ -71,11 +71,10 @@ def test_measures_both_and_changes_nothing(kind, set_to_none):
     )
 
 
-@pytest.mark.parametrize("sample", [1.0, 0.3])
-def test_every(sample):
+def test_every():
     net = small_net()
     optimizer = torch.optim.Adam(net.parameters())
-    monitor = OscMonitor(optimizer, net.named_parameters(), ("grad", "update"), every=3, sample=sample)
+    monitor = OscMonitor(optimizer, net.named_parameters(), ("grad", "update"), every=3)
     positions = [weights(net)]
     optimizer.register_step_post_hook(lambda *_: positions.append(weights(net)))
     train(net, optimizer, 10)
@@ -237,8 +236,6 @@ def test_bad_input():
         OscMonitor(optimizer, net[4].named_parameters(), "loss")
     with pytest.raises(ValueError, match="Invalid every: 0"):
         OscMonitor(optimizer, net[4].named_parameters(), every=0)
-    with pytest.raises(ValueError, match="Invalid sample: 2"):
-        OscMonitor(optimizer, net[4].named_parameters(), sample=2)
     monitor = OscMonitor(optimizer, net[4].named_parameters())
     with pytest.raises(ValueError, match="has a monitor of parameter 'weight' already"):
         OscMonitor(optimizer, net[4].named_parameters(), ("grad", "update"))

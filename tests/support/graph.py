@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from oscopt import engine, kernels, monitor, optimizer, recorder
+from oscopt import kernels, monitor, optimizer, recorder
 from oscopt.kernels import triton_backend
 
 
@@ -35,11 +35,9 @@ class FakeGraph:
         with self._patch.context() as patch:
             for module in (kernels, monitor, optimizer, recorder, triton_backend):
                 patch.setattr(module, "capturing", lambda device: True)
-            for name in ("step_kernel", "sample_kernel", "reduce_kernel"):
+            for name in ("step_kernel", "reduce_kernel"):
                 patch.setattr(triton_backend, name, _Launches(getattr(triton_backend, name), self._work))
             patch.setattr(kernels.Plan, "step", self._noting(kernels.Plan.step))
-            # It computes with numpy on CPUs.
-            patch.setattr(engine, "estimate", _Calls(engine.estimate, self._work))
             with _Operations(self._work):
                 yield self
 

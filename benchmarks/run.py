@@ -32,7 +32,7 @@ from study.cli import (
     exit_code,
     filled,
     integer,
-    names,
+    name_list,
     positive,
     script,
     threads,
@@ -83,11 +83,19 @@ def parser() -> Parser:
         help="epochs between two Hessian eigenvalues",
     )
     judged = p.add_argument_group("how it is judged and drawn")
-    judged.add_argument("--claims", type=names, metavar="RULES", help="rules, by commas, instead of the experiment's")
-    judged.add_argument("--beside", type=filled, metavar="DIR", help="folder of a finished run to compare with")
+    judged.add_argument(
+        "--claims", type=name_list, metavar="RULES", help="rules, by commas, instead of the experiment's"
+    )
+    judged.add_argument(
+        "--beside", type=filled, metavar="DIR", help="folder of a finished run to compare with"
+    )
     where = p.add_argument_group("where")
-    where.add_argument("--data-root", type=filled, metavar="DIR", help="folder of the datasets (default: data)")
-    where.add_argument("--out", type=filled, metavar="DIR", help="folder of the run (default: runs/ID-DATASET-PRESET)")
+    where.add_argument(
+        "--data-root", type=filled, metavar="DIR", help="folder of the datasets (default: data)"
+    )
+    where.add_argument(
+        "--out", type=filled, metavar="DIR", help="folder of the run (default: runs/ID-DATASET-PRESET)"
+    )
     where.add_argument("--resume", action="store_true", help="go on with the run in --out")
     where.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     where.add_argument("--checkpoint-seconds", type=positive(float), default=30.0, metavar="S")
@@ -170,7 +178,7 @@ def _processor() -> str:
 
 def open_folder(options: argparse.Namespace):
     """The run's folder and settings; checks that the folder may be used so."""
-    from study.folder import CONFIG, Folder
+    from study.folder import Folder
 
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
@@ -190,9 +198,6 @@ def open_folder(options: argparse.Namespace):
     check_device(config.device)
     check_threads(config.threads)
     check_folder("--data-root", options.data_root)
-    if not options.resume:
-        folder.clear()
-        folder.write_json(CONFIG, {"settings": config.to_dict(), "machine": machine()})
     return folder, config
 
 
@@ -213,9 +218,8 @@ class Display:
         if now - self._last < self._interval and done < self._epochs:
             return
         self._last = now
-        text = (
-            f"epoch {done}/{self._epochs}  loss {progress.loss[-1]:.4f}  accuracy {progress.accuracy[-1]:6.1%}"
-        )
+        text = f"epoch {done}/{self._epochs}  loss {progress.loss[-1]:.4f}"
+        text += f"  accuracy {progress.accuracy[-1]:6.1%}"
         if math.isfinite(mu := trainer.meter.global_correlation.item()):
             text += f"  correlation {mu:+.3f}"
         if done > self._first[1] and now > self._first[0]:  # not yet known in the first epoch
@@ -283,14 +287,21 @@ def read_beside(path: str):
 
 def _run(folder, config: Config, options: argparse.Namespace, beside, ranks) -> int:
     from study import results
+    from study.folder import CONFIG
     from study.train import Trainer, run
 
-    trainer, state = Trainer(config, options.data_root, ranks), None
+    trainer, state = (
+        Trainer(config, options.data_root, ranks),
+        None,
+    )  # all errors of the input are raised here
     if options.resume:
         state, note = folder.load_checkpoint(trainer.load_state_dict)
         if note:
             print(note, file=sys.stderr)
         print(f"resuming {folder.path} at epoch {len(trainer.progress)}")
+    else:
+        folder.clear()
+        folder.write_json(CONFIG, {"settings": config.to_dict(), "machine": machine()})
     ranks.say((config, state))
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(

@@ -39,7 +39,7 @@ class History:
         limit: how many steps are held at most. Beyond, the record is thinned: every second step is dropped,
             the oldest first, until every second step is left, then every fourth, and so on; the last 256
             steps (or `limit` / 4, if that is less) stay. Each row is complete in itself, so what is left
-            stays exact; `steps` tells which. A step of L layers takes 56 L bytes, and as much again where
+            stays exact; `steps` tells which. A step of L layers takes 56 L + 16 bytes, and 16 L more where
             learning rates change; time a step does not depend on T. None: no limit. :meth:`stream_to` keeps
             every step on disk.
 

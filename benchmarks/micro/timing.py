@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from study.memory import free as bytes_free
-
 from .contenders import Contender
 from .sets import ParameterSet
 

@@ -83,7 +83,7 @@ def filled(text: str) -> str:
     return text
 
 
-def names(text: str) -> list[str]:
+def name_list(text: str) -> list[str]:
     """Names by commas, each once; none is empty."""
     found = list(dict.fromkeys(text.split(",")))
     if "" in found:
@@ -161,7 +161,9 @@ def exit_code(run: Callable[[], int]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _out_of_memory(error):
             raise
-        return _failed("there is not enough memory; use a smaller net, fewer pictures or a smaller part at a time")
+        return _failed(
+            "there is not enough memory; use a smaller net, fewer pictures or a smaller part at a time"
+        )
 
 
 def script(main: Callable[[], int], interrupted: str = "interrupted") -> int:
@@ -215,4 +217,8 @@ def _stdout_fails() -> bool:
 
 def _out_of_memory(error: Exception) -> bool:
     text = str(error)
-    return "can't allocate memory" in text or "out of memory" in text or "Storage size calculation overflowed" in text
+    return (
+        "can't allocate memory" in text
+        or "out of memory" in text
+        or "Storage size calculation overflowed" in text
+    )

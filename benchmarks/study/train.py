@@ -25,7 +25,7 @@ from .rules import Record
 from .sharpness import top_eigenvalue
 
 OTHERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
-"""Other than gradient descent, which is "oscgd", measured by itself, or "sgd", measured by OscMonitor as these are."""
+"""Other than gradient descent: that is "oscgd", which measures itself, or "sgd", measured by OscMonitor."""
 
 
 @dataclass
@@ -94,8 +94,8 @@ class Trainer:
         smallest = len(self.batches[-1][1])
         if smallest < 2 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             raise UserError(
-                f"{self.config.model} has batch norm, which needs two pictures at least in every micro-batch; "
-                "use a larger --micro-batch or --n-train"
+                f"{self.config.model} has batch norm, which needs two pictures at least in each "
+                "micro-batch; use a larger --micro-batch or --n-train"
             )
 
     @property
@@ -216,7 +216,7 @@ class Trainer:
 
         Raises:
             ValueError: it is of a run with other settings, or its parts are of different epochs.
-            Exception: any that its parts raise if it is no checkpoint. Load another one then, or go no further.
+            Exception: any that its parts raise if it is no checkpoint. Load another then, or go no further.
         """
         if not isinstance(state, dict) or "settings" not in state:
             raise ValueError("it has no settings, as every checkpoint of this version has")

@@ -264,7 +264,7 @@ def test_stopped_between_epochs_resumes_to_the_same_bits(tmp_path, stop, optimiz
             train.run(first, folder, kill)
         assert stopped.value.exit_code == 143 and len(first.progress) == stop  # not an epoch more
         resumed = Trainer(config)
-        resumed.load_state_dict(folder.load_checkpoint()[0])
+        folder.load_checkpoint(resumed.load_state_dict)
         assert len(resumed.progress) == min(stop, 4) if stop < 8 else stop
         train.run(resumed, folder, lambda _: None)
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):

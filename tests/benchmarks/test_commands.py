@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import compare
 import history
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import reproduce
@@ -24,13 +26,16 @@ from study_config import CONFIG
 
 import kernels
 from oscopt import History
-from study import cli, data, memory
+from study import cli, data, figure, memory
 from study.errors import UserError
 from study.train import Trainer
 
 BENCHMARKS = Path(run.__file__).parent
 SCRIPTS = ("run.py", "reproduce.py", "compare.py", "kernels.py", "throughput.py", "history.py")
 SMALL = ("--model", "cnn", "--n-train", "64", "--micro-batch", "32", "--width", "8", "--threads", "1")
+
+
+data._mnist5k = functools.cache(data._mnist5k)  # takes a second to read
 
 
 def called(main, *arguments: object) -> int:
@@ -215,6 +220,13 @@ def test_what_is_no_users_error_stays_a_traceback(capsys):
 # ---- a run's settings, checkpoints and first lines -------------------------------------------------------
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves out most figures: they take longer than the runs."""
+    monkeypatch.setattr(figure, "panels", lambda *_: ())
+    monkeypatch.setattr(figure, "draw_beyond", lambda *_: plt.figure())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
@@ -252,7 +264,7 @@ def other_model(state):
         (lambda state: state | {"progress": {"loss": torch.zeros(1)}}, "epochs"),
     ],
 )
-def test_checkpoints_that_are_readable_but_wrong(tmp_path, capsys, finished, change, words):
+def test_checkpoints_that_are_readable_but_wrong(tmp_path, capsys, undrawn, finished, change, words):
     out = shutil.copytree(finished, tmp_path / "run")
     whole = torch.load(out / "checkpoint.pt", weights_only=True)
     torch.save(change(whole), out / "checkpoint.pt")
@@ -273,7 +285,7 @@ def test_bad_input_leaves_the_run_that_is_there(capsys, finished):
     assert (finished / "checkpoint.pt").read_bytes() == before
 
 
-def test_first_lines(tmp_path, capsys):
+def test_first_lines(tmp_path, capsys, undrawn):
     assert called(run.main, *SMALL, "--preset", "small", "--epochs", 3, "--lr", 0.02, "--out", tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     changed = "lr, epochs, n_train, width, micro_batch"

@@ -156,7 +156,7 @@ def exit_code(run: Callable[[], int]) -> int:
     except UserError as error:
         return _failed(str(error))
     except OSError as error:
-        what = error.filename or ("the output" if _stdout_fails() else "a file")
+        what = error.filename or "the output or a file"  # errors in writing tell no name
         return _failed(f"{what} cannot be read or written ({error.strerror or error})")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _out_of_memory(error):

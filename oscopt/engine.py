@@ -537,8 +537,13 @@ class Engine:
         """What follows once the sums are those of all ranks. `before`: the row of the last step."""
         if before is not None:
             # The last gradient has been written to where its norm is no longer what it was.
-            written = (row[3] - before[1]).abs_() > _ROUNDING * before[1]
-            if written.device.type != "cpu" or written.any():
+            if row.device.type == "cpu":  # the same with a tenth of the time per operation
+                sums, norm = row.numpy(), before[1].numpy()
+                written = abs(sums[3] - norm) > _ROUNDING * norm
+                if written.any():
+                    sums[np.ix_([0, 2, 3], written)] = np.nan
+            else:
+                written = (row[3] - before[1]).abs_() > _ROUNDING * before[1]
                 row[:1].masked_fill_(written, torch.nan)
                 row[2:4].masked_fill_(written, torch.nan)
         if self._adapter is not None:

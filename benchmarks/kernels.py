@@ -252,6 +252,12 @@ def _run(options: argparse.Namespace) -> int:
     about = {"date": here["date"], "cold": options.cold}
     about |= {name: version(name) for name in ("torch", "triton", "numba", "oscopt")}
     about["device"] = here["gpu"] if device.type == "cuda" else f"{here['processor']} ({here['cores']} cores)"
+    if any("numba" in c.name for c in chosen):
+        from oscopt.kernels import numba_backend
+
+        form = numba_backend.FORM
+        prefetched = f"prefetched {form.ahead} bytes ahead" if form.ahead else "not prefetched"
+        print(f"CPU kernel for {numba_backend.PROCESSOR}: parts of {form.part} bytes, {prefetched}")
     dtype, rows = getattr(torch, options.dtype), []
     threads = [""] if device.type == "cuda" else options.threads or [torch.get_num_threads()]
     for count in threads:

@@ -6,7 +6,16 @@ a policy for the scales after every measured step. A policy is a callable::
     def policy(measured: Measured) -> Tensor: ...
 
 that gets tensors of shape (L,) on the parameters' device and returns one, the new scales, all by tensor
-operations: no `.item()`, so that nothing waits for the device. Attributes that it may have:
+operations: no `.item()`, so that nothing waits for the device. One that remembers something returns it beside
+the scales, as a dict of tensors, and finds it in the next step's `measured.state`::
+
+    def smoothed(measured):
+        mean = 0.9 * measured.state.get("mean", 0.0) + 0.1 * measured.correlation
+        return measured.scale * torch.exp(0.05 * mean), {"mean": mean}
+
+A policy is a pure function: the optimizer keeps the state and saves it, so that several may share one policy.
+It is called once with sums that are NaN when the optimizer is made, which shows whether it returns the right
+shape. Attributes that it may have:
 
 * `lag`: 1 (the default): the scales decided in step t hold in step t + 1, so that a step is one pass over
   memory; 0: measure, decide, update, in two passes, as most papers have it.
@@ -15,7 +24,6 @@ operations: no `.item()`, so that nothing waits for the device. Attributes that 
 * `bounds`: the least and the largest scale; default: None, no bounds.
 * `start`: the scale before the first change; default: 1.
 * `warmup`: measured steps before the first change; default: 0.
-* `state`: a dict of tensors, saved in the optimizer's state.
 * `capturable`: False: it does different things in different steps, by `measured.steps`, so that a CUDA graph
   cannot replay a step of it; default: True.
 
@@ -28,7 +36,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -38,7 +46,11 @@ from torch import Tensor
 
 from . import measures
 
-Policy = Callable[["Measured"], Tensor]
+State = Mapping[str, Tensor]
+"""What a policy remembers from one step to the next."""
+
+Policy = Callable[["Measured"], Tensor | tuple[Tensor, State]]
+"""The scales, or they and the new state."""
 
 # Keys in the optimizer's first parameter group.
 _KEY, _USED, _SEEN, _REJECTED = "step_scale", "prev_step_scale", "steps_adapted", "scales_rejected"
@@ -55,6 +67,7 @@ class Measured:
         lr: the learning rate that the new scale will multiply (as far as known: that of this step).
         prev_step: learning rate times scale of the last step, from x_{t-1} to x_t.
         steps: measured steps up to this one, an int: 1 in the first, which has no pair.
+        state: what the policy returned beside the scales of the step before; empty in the first.
     """
 
     dot: Tensor
@@ -65,6 +78,7 @@ class Measured:
     lr: Tensor
     prev_step: Tensor
     steps: int
+    state: State = field(default_factory=dict)
 
     @cached_property
     def correlation(self) -> Tensor:
@@ -86,14 +100,14 @@ class Measured:
 
         Its `prev_step` is such that the displacement is that of all; `scale` and `lr` are their largest.
         """
-        names = [f.name for f in fields(self) if f.name != "steps"]
+        names = [f.name for f in fields(self) if f.name not in ("steps", "state")]
         sums = {name: torch.where(chosen, getattr(self, name), 0.0) for name in names}
         total = {name: value.sum(0, keepdim=True) for name, value in sums.items()}
         moved = (sums["prev_step"] ** 2 * sums["prev_sq_norm"]).sum(0, keepdim=True)
         total["prev_step"] = (moved / total["prev_sq_norm"]).sqrt()
         for name in ("scale", "lr"):
             total[name] = sums[name].amax(0, keepdim=True)
-        return Measured(**total, steps=self.steps)
+        return Measured(**total, steps=self.steps, state=self.state)
 
 
 @dataclass(kw_only=True)
@@ -104,9 +118,6 @@ class _Rule:
     bounds: tuple[float, float] | None = None
     warmup: int = 0
     lag: int = 1
-
-    def __post_init__(self) -> None:
-        self.state: dict[str, Tensor] = {}
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -132,7 +143,6 @@ class CosineStep(_Rule):
     bounds: tuple[float, float] | None = field(default=(1e-3, 1e3), kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check_positive("beta", self.beta)
         if not -1 < self.target < 1:
             raise ValueError(f"Invalid target: {self.target}; a correlation between -1 and 1 is needed")
@@ -155,7 +165,6 @@ class Hypergradient(_Rule):
     lag: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check_positive("beta", self.beta)
 
     def __call__(self, measured: Measured) -> Tensor:
@@ -177,16 +186,15 @@ class SecantStep(_Rule):
     granularity: str = field(default="global", kw_only=True)
     lag: int = field(default=0, kw_only=True)
 
-    def __call__(self, measured: Measured) -> Tensor:
-        theta = self.state.get("theta")
+    def __call__(self, measured: Measured) -> tuple[Tensor, State]:
+        theta = measured.state.get("theta")
         if theta is None:
             theta = torch.full_like(measured.scale, math.inf)
         growing = torch.sqrt(1.0 + theta) * measured.prev_step
         secant = measured.displacement / (2.0 * measured.diff_sq_norm.sqrt())
         step = torch.minimum(growing, secant)
         known = torch.isfinite(step) & (step > 0)
-        self.state["theta"] = torch.where(known, step / measured.prev_step, theta)
-        return step / measured.lr
+        return step / measured.lr, {"theta": torch.where(known, step / measured.prev_step, theta)}
 
 
 @dataclass
@@ -234,7 +242,6 @@ class SmoothnessStep(_Rule):
     """Of the squared norm of all gradients over the largest of late: more than that stops growth."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check_positive("target", self.target)
         _check_positive("noisy", self.noisy)
         if not (self.grow > 1 and math.isfinite(self.grow)):
@@ -242,11 +249,10 @@ class SmoothnessStep(_Rule):
         if not 0 < self.start <= 1:
             raise ValueError(f"Invalid start: {self.start}; use a scale in (0, 1]")
 
-    def __call__(self, measured: Measured) -> Tensor:
-        state, round_, phase = self.state, *divmod(measured.steps - 1, self.PERIOD)
+    def __call__(self, measured: Measured) -> tuple[Tensor, State]:
+        state, round_, phase = dict(measured.state), *divmod(measured.steps - 1, self.PERIOD)
         if measured.steps == 1:
-            state["held"] = measured.scale / self.SHORT
-            return measured.scale
+            return measured.scale, {"held": measured.scale / self.SHORT}
         valid = measured.correlation == measured.correlation
         sums = torch.stack([measured.diff_sq_norm, measured.dot, measured.prev_sq_norm, measured.sq_norm])
         change, dot, before, now = torch.where(valid, sums, 0.0).sum(1, keepdim=True)
@@ -288,7 +294,7 @@ class SmoothnessStep(_Rule):
         elif phase == 0:
             state["held"] = torch.where(valid, new, scale)
             new = new * (self.SHORT if round_ % 5 == 0 else torch.where(noise > 0, self.SHORT, 1.0))
-        return new
+        return new, state
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -333,20 +339,23 @@ def resolve(adapt: str | Policy | None) -> Policy | None:
 
 
 class Adapter:
-    """Holds the scales of L layers and lets a policy change them.
+    """Holds the scales of L layers, and what a policy remembers, and lets the policy change them.
 
     Args:
         policy: from :func:`resolve`.
-        adapted: which layers it may change, bool, shape (L,).
+        adapted: the layers, and which of them it may change.
         device: where the scales lie.
         state: what :meth:`state` returned, to go on from.
         in_place: whether all stays where it is in memory, so that steps can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: the policy returns something of another shape, or the state is of more layers.
     """
 
     def __init__(
         self,
         policy: Policy,
-        adapted: list[bool],
+        adapted: dict[str, bool],
         device: torch.device,
         state: dict[str, Any],
         in_place: bool = False,
@@ -356,8 +365,9 @@ class Adapter:
         self._together = getattr(policy, "granularity", "layer") == "global"
         self._bounds = getattr(policy, "bounds", None) or (0.0, math.inf)
         self._warmup = getattr(policy, "warmup", 0)
-        self._some_out = not all(adapted)
-        self._adapted = torch.tensor(adapted, dtype=torch.bool).to(device)
+        self._layers = tuple(adapted)
+        self._some_out = not all(adapted.values())
+        self._adapted = torch.tensor(list(adapted.values()), dtype=torch.bool, device=device)
         ones = torch.where(self._adapted, float(getattr(policy, "start", 1.0)), 1.0).double()
         known, used = (state.get(key, ones[:0]).to(ones) for key in (_KEY, _USED))
         if len(known) > len(ones):
@@ -367,25 +377,39 @@ class Adapter:
         self.used = torch.cat([used, ones[len(used) :]])
         """What did so in the last one."""
         self._seen = int(state.get(_SEEN, 0))
-        self.rejected = torch.as_tensor(state.get(_REJECTED, 0), dtype=torch.int64).to(device)
+        self.rejected = torch.as_tensor(state.get(_REJECTED, 0), dtype=torch.int64, device=device)
         """How many scales that are not finite or negative the policy has returned: 0-dim."""
         self._in_place = in_place
         self._warned = in_place  # a look at what there is to warn of would wait for the device
-        if hasattr(policy, "state"):
-            own = {key[len(_OWN) :]: value for key, value in state.items() if key.startswith(_OWN)}
-            policy.state.clear()
-            if self._together or len(known) == len(ones):  # otherwise layers have been added
-                policy.state.update({key: value.to(ones) for key, value in own.items()})
-        self._own = dict(getattr(policy, "state", {}))
+        self._own: dict[str, Tensor] = {}
+        """What the policy remembers."""
+        if self._together or len(known) == len(ones):  # otherwise layers have been added
+            self._own = {
+                key[len(_OWN) :]: value.to(ones) for key, value in state.items() if key.startswith(_OWN)
+            }
+        # Whatever is wrong with the policy shows before there is a step.
+        unknown = torch.full((4, len(ones)), math.nan, dtype=torch.float64, device=device)
+        self._ask(Measured(*unknown, scale=self.scale, lr=ones, prev_step=ones, steps=1))
 
-    def state(self) -> Iterator[tuple[str, Any]]:
-        """What :class:`Adapter` takes to go on, by keys for a parameter group."""
-        yield _KEY, self.scale.clone()
-        yield _USED, self.used.clone()
+    def state(self, layers: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+        """What :class:`Adapter` takes to go on, by keys for a parameter group.
+
+        Args:
+            layers: the names of the layers that it is to go on with, if not these.
+        """
+        layers = self._layers if layers is None else tuple(layers)
         yield _SEEN, self._seen
         yield _REJECTED, self.rejected.clone()
-        for key, value in getattr(self.policy, "state", {}).items():
-            yield _OWN + key, value.clone()
+        for key, value in ((_KEY, self.scale), (_USED, self.used)):
+            if layers == self._layers:
+                yield key, value.clone()
+                continue
+            known = dict(zip(self._layers, value, strict=True))
+            start = torch.as_tensor(float(getattr(self.policy, "start", 1.0))).to(value)
+            yield key, torch.stack([known.get(name, start) for name in layers])
+        if self._together or layers == self._layers:
+            for key, value in self._own.items():
+                yield _OWN + key, value.clone()
 
     @property
     def warming_up(self) -> bool:
@@ -401,19 +425,13 @@ class Adapter:
         self._seen += 1
         if self._some_out:
             sums = torch.where(self._adapted, sums, math.nan)
-        measured = Measured(*sums, scale=self.scale, lr=lr, prev_step=prev_step, steps=self._seen)
+        measured = Measured(
+            *sums, scale=self.scale, lr=lr, prev_step=prev_step, steps=self._seen, state=self._own
+        )
         valid = self._adapted & (measured.correlation == measured.correlation)
-        if self._together:
-            measured = measured.together(valid)
-        new = self.policy(measured)
-        if self._in_place:
-            self._put_back()
-        shape = measured.scale.shape
-        if not isinstance(new, Tensor) or new.shape != shape:
-            what = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else repr(new)
-            raise ValueError(
-                f"the policy {self.policy!r} returned {what}; return scales of shape {tuple(shape)}"
-            )
+        new, own = self._ask(measured, valid)
+        if own is not None:
+            self._keep(own)
         if self._seen <= self._warmup:
             return
         usable = valid & (new >= 0) & (new < math.inf)
@@ -432,11 +450,32 @@ class Adapter:
         else:
             self.scale = scale
 
-    def _put_back(self) -> None:
-        """Keep the policy's own state where it was."""
-        own = getattr(self.policy, "state", {})
+    def _ask(self, measured: Measured, valid: Tensor | None = None) -> tuple[Tensor, State | None]:
+        """What the policy says: scales, and the new state if it has one. `valid`: layers that count."""
+        if self._together:
+            measured = measured.together(self._adapted if valid is None else valid)
+        answer = self.policy(measured)
+        new, own = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+        shape = measured.scale.shape
+        if not isinstance(new, Tensor) or new.shape != shape:
+            what = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else repr(new)
+            raise ValueError(
+                f"the policy {self.policy!r} returned {what}; return scales of shape {tuple(shape)}"
+            )
+        if own is not None and not (
+            isinstance(own, Mapping) and all(isinstance(value, Tensor) for value in own.values())
+        ):
+            raise ValueError(
+                f"the policy {self.policy!r} returned the state {own!r}; return a dict of tensors beside the "
+                "scales"
+            )
+        return new, own
+
+    def _keep(self, own: State) -> None:
+        """Take over the policy's new state; where it was, if it is to stay in place."""
+        if not self._in_place:
+            self._own = dict(own)
+            return
         # It may hold the scales themselves, a row of sums, or one value under two names.
-        for key, value in {key: value.clone() for key, value in own.items()}.items():
-            own[key] = self._own.setdefault(key, value)
-            if own[key] is not value:
-                own[key].copy_(value)
+        new = {key: value.clone() for key, value in own.items()}
+        self._own = {key: self._own[key].copy_(new[key]) if key in self._own else new[key] for key in new}

@@ -3,14 +3,19 @@
 The gradient that a step used is kept by reference: the next backward pass allocates a new one, so nothing
 is copied. If that tensor turns out to have been reused or written to (its identity, address or version
 tells), the pair is lost, recorded as NaN, and from then on that parameter's gradient is copied by the kernel.
+A write that leaves no such trace (through `.data` or numpy, then a new tensor) shows in the norm: that of the
+last gradient, as it is read again, is no longer what it was. That pair is NaN, too.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +24,7 @@ from torch import Tensor
 
 from . import kernels, measures
 from .adapt import Adapter
-from .distributed import Ranks, bare, describe, is_dtensor
+from .distributed import Ranks, bare, copyable, describe, is_dtensor
 from .history import History
 from .recorder import Recorder
 from .window import Window
@@ -31,6 +36,8 @@ COPIED = "prev_grad_copied"
 """Key of a mark there: the previous gradient is a copy of ours, as the tensor itself is being reused."""
 
 _GRAD, _VERSION = map(attrgetter, ("grad", "_version"))
+
+_ROUNDING = 1e-9  # by which a norm may differ that is summed twice, in any order
 
 _PLANS = 8  # patterns of missing gradients whose plans are kept
 
@@ -52,6 +59,7 @@ class Slot:
     stride: tuple[int, ...]
     dense: bool
     copied: bool  # the previous gradient is ours, the kernel copies into it
+    again: int  # how many times the parameter has been listed before this one
     state: dict[str, Any] | None = None  # None: there is none yet
 
 
@@ -68,9 +76,13 @@ class Engine:
         ranks: the processes that share the parameters, if they have found each other already.
         adapter: what decides on the layers' scales; None: they are ones.
         recorder: what stands in for the host in a CUDA graph, where steps can be captured; None: they cannot.
+        edited: whether the parameters are other ones than those that the history is of so far.
+        copy_gradients: copy each previous gradient, instead of keeping the tensor itself.
+
+    A parameter that is listed twice is measured once, and updated as often as it is listed.
 
     Raises:
-        ValueError: a parameter has another shape or device than its kept gradient; or the ranks disagree.
+        ValueError: the ranks disagree.
     """
 
     def __init__(
@@ -86,6 +98,8 @@ class Engine:
         ranks: Ranks | None = None,
         adapter: Adapter | None = None,
         recorder: Recorder | None = None,
+        edited: bool = False,
+        copy_gradients: bool = False,
     ) -> None:
         self.layer_names = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
         index: dict[str | None, int] = {name: i for i, name in enumerate(self.layer_names)} | {None: -1}
@@ -94,9 +108,13 @@ class Engine:
         self._recorder = recorder
         self._states = states
         self._known_states = list(states.values())
+        self._forked = _forked
         self.slots = []
+        listed: dict[Tensor, int] = {}
         for i, p in enumerate(params):
-            local, home = bare(p), index[layers[i]]
+            local, again = bare(p), listed.get(p, 0)
+            home = -1 if again else index[layers[i]]
+            listed[p] = again + 1
             self.slots.append(
                 Slot(
                     name=names[i],
@@ -111,24 +129,25 @@ class Engine:
                     shape=local.shape,
                     stride=local.stride(),
                     dense=kernels.dense(local),
-                    copied=recorder is not None,
+                    copied=copy_gradients or recorder is not None,
+                    again=again,
                     state=states.get(p),
                 )
             )
         self.params = list(params)
         self.rows = [2 * group for group in groups]
         """The row of hyperparameters of every parameter, as :class:`oscopt.OscGD` makes them."""
-        self._scale_of = [slot.home for slot in self.slots] if recorder is None else recorder.entries
+        self._scale_of = [index[layer] for layer in layers] if recorder is None else recorder.entries
         self._plain = all(slot.outer is slot.param for slot in self.slots)
         self._everyone = list(range(len(self.slots)))
         self._addresses = [slot.address for slot in self.slots]
         self._guards = _guards([slot.param for slot in self.slots])
         devices = dict.fromkeys(slot.param.device for slot in self.slots)
-        self.backends = {device: kernels.backend(backend, device) for device in devices}
+        self.backends = {device: backend_for(backend, device) for device in devices}
         self.backend = "+".join(dict.fromkeys(module.NAME for module in self.backends.values()))
         self._every = every
         self.history = history
-        history.add_layers(self.layer_names)
+        history.add_layers(self.layer_names, edited=edited)
         history.follow(None if recorder is None else recorder.collect)
         self._record = history if recorder is None else recorder
         self.device = next(iter(devices), torch.device("cpu"))
@@ -164,16 +183,25 @@ class Engine:
         """Whether a new engine is needed: a parameter has moved (to another device, dtype, layout), or its
         state has been taken away or replaced.
         """
-        if states is not self._states or len(states) != len(self._known_states):
+        if _forked != self._forked or states is not self._states or len(states) != len(self._known_states):
             return True
         if not all(map(is_, states.values(), self._known_states)):
             return True
         params = self.params if self._plain else map(bare, self.params)
         return list(map(Tensor.data_ptr, params)) != self._addresses  # of another dtype, it lies elsewhere
 
-    def drop_spoiled(self) -> None:
+    def members(self) -> dict[str, set[int]]:
+        """Which parameters each layer has, by `id`."""
+        found: dict[str, set[int]] = {name: set() for name in self.layer_names}
+        for slot in self.slots:
+            if slot.home >= 0:
+                found[self.layer_names[slot.home]].add(id(slot.outer))
+        return found
+
+    def drop_spoiled(self, members: Mapping[str, set[int]] | None = None) -> None:
         """Forget previous gradients that have been written to, or whose state has been taken away: whoever
-        goes on from the states cannot tell.
+        goes on from the states cannot tell. And those of layers that have other `members` from now on. What
+        is left can be copied and saved.
         """
         if self._recorder is not None:
             for i in self._recorder.unknown():  # graphs write to what is kept of them: it stays
@@ -187,7 +215,14 @@ class Engine:
             elif slot.state is not None and slot.state is not state:
                 if not state.keys() >= slot.state.keys() & {PREVIOUS}:
                     layers.add(slot.home)
+        if members is not None:
+            before = self.members()
+            layers |= {i for i, name in enumerate(self.layer_names) if before[name] != members.get(name)}
         self._forget(layers)
+        if not self._plain:
+            for slot in self.slots:
+                if slot.state and slot.state.get(PREVIOUS) is not None:
+                    slot.state[PREVIOUS] = copyable(slot.state[PREVIOUS])
 
     def _forget(self, layers: set[int]) -> None:
         """Forget the previous gradients of `layers`: each as a whole, as a part of it would make a wrong pair
@@ -216,7 +251,7 @@ class Engine:
     def correlation(self) -> Tensor:
         """Latest mu of each layer: float64, shape (L,)."""
         if self._last_row is None:
-            return torch.full((len(self.layer_names),), torch.nan, dtype=torch.float64)
+            return no_correlation(self.device, len(self.layer_names))
         self.history.settle()
         dot, sq_norm, _, prev_sq_norm = self._latest()[:4]
         return measures.correlation(dot, sq_norm, prev_sq_norm)
@@ -224,7 +259,7 @@ class Engine:
     def global_correlation(self) -> Tensor:
         """Latest mu of all layers together: float64, 0-dim."""
         if self._last_row is None:
-            return torch.tensor(torch.nan, dtype=torch.float64)
+            return no_correlation(self.device)
         self.history.settle()
         dot, sq_norm, _, prev_sq_norm = self._latest()[:4].sum(1)
         return measures.correlation(dot, sq_norm, prev_sq_norm)
@@ -253,12 +288,12 @@ class Engine:
         """The parameters, as real tensors in memory.
 
         Raises:
-            ValueError: one has changed its shape.
+            Reshaped: one has changed its shape.
         """
         values = [slot.param if slot.outer is slot.param else bare(slot.outer) for slot in self.slots]
         for slot, value in zip(self.slots, values, strict=True):
             if value.shape != slot.shape:
-                raise ValueError(_changed(slot, "shape", tuple(slot.shape), tuple(value.shape)))
+                raise Reshaped(slot.name)
         return values
 
     def let_go(self) -> None:
@@ -276,7 +311,8 @@ class Engine:
 
         Raises:
             RuntimeError: a gradient is sparse, or the process group of sharded parameters is gone.
-            ValueError: a parameter has changed its shape.
+            ValueError: a gradient has another shape than its parameter.
+            Reshaped: a parameter has changed its shape where it lies.
 
         Nothing has been changed by then.
         """
@@ -300,7 +336,13 @@ class Engine:
                     "(for torch.nn.Embedding: sparse=False)"
                 )
             if g.shape != slot.shape:
-                raise ValueError(_changed(slot, "shape", tuple(slot.shape), tuple(g.shape)))
+                now = bare(slot.outer).shape
+                if now != slot.shape:
+                    raise Reshaped(slot.name)
+                raise ValueError(
+                    f"the gradient of {slot.name!r} has shape {tuple(g.shape)}, the parameter {tuple(now)}; "
+                    "set it to None when you change the shape of a parameter"
+                )
             if g.requires_grad:
                 g = grads[i] = g.detach()
             if g.is_neg():  # a mark that its memory holds the negative, as of an imaginary part
@@ -349,10 +391,10 @@ class Engine:
         if self.windows:
             raise RuntimeError("a window is open, which a graph cannot fill; capture after it is complete")
 
-    def in_use(self) -> tuple:
-        """What a captured step reads and writes: graphs do not keep it alive."""
-        plans, masks = list(self._plans.values()), list(self._masks.values())
-        return plans, masks, list(self._prev), self._adapter, self._recorder
+    def in_use(self) -> dict[int, Any]:
+        """What a captured step reads and writes, by `id`: graphs do not keep it alive."""
+        plans, masks = self._plans.values(), self._masks.values()
+        return {id(x): x for x in (*plans, *masks, *self._prev, self._adapter, self._recorder)}
 
     def begin(self, grads: Sequence[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         """Keep gradients that no step was made of."""
@@ -387,7 +429,10 @@ class Engine:
         prevs, copies, lost, sums = None, None, [], None
         changed = self._changed(grads, present) if self._recorder is not None else None
         row = self._record.next_row(self.device) if measured else None
+        before = None
         if measured:
+            # Graphs and other steps in between leave nothing to compare with.
+            before = self._last_row if self._every == 1 and self._recorder is None else None
             prevs, copies, lost = self._pairs(grads, wholes, present)
             sums = row[:4]  # zeros until now
         adapter, plans = self._adapter, self._plan(present, grads, regular)
@@ -415,7 +460,7 @@ class Engine:
                 rates = self._layer_lr(lr), self._layer_lr(prev_lr)
             else:
                 rates = self._recorder.layer_rates()
-            self._record.commit(step, *rates, self._finish(sums, row, rates))
+            self._record.commit(step, *rates, self._finish(row, before, rates))
         if twice:
             self.history.settle()
             self._run(plans, (grads, None, bufs, None, rows), hyper, None)
@@ -425,6 +470,22 @@ class Engine:
             number = step if self._recorder is None else self._recorder.count()
             window.add(number, present, [self.slots[i].layer for i in present], [grads[i] for i in present])
         self.keep(grads, wholes, present if keep else [], copied=measured)
+
+    def lose(self, step: int, lr: tuple[float, ...], prev_lr: tuple[float, ...]) -> None:
+        """Record that the gradients of a step could not be measured; the next ones have no pair."""
+        self._forget(set(range(len(self.layer_names))))
+        self._kept = []
+        if (step + 1) % self._every == 0 and self.slots:
+            row = self._record.next_row(self.device)
+            row[:5] = torch.nan
+            row[5:] = 1.0
+            rates = (
+                (self._layer_lr(lr), self._layer_lr(prev_lr))
+                if self._recorder is None
+                else self._recorder.layer_rates()
+            )
+            self._record.commit(step, *rates, None)
+            self._last_row = row
 
     def _changed(self, grads: Sequence[Tensor | None], present: list[int]) -> Tensor:
         """With a recorder: the layers that have no valid pair, bool, (L,). Makes room for what is kept."""
@@ -462,18 +523,24 @@ class Engine:
             if out is not sums:
                 sums += out.to(sums.device)
 
-    def _finish(self, sums: Tensor, row: Tensor, rates: tuple) -> partial | None:
+    def _finish(self, row: Tensor, before: Tensor | None, rates: tuple) -> partial | None:
         """Bring the ranks' sums together and finish the row; what of it is left for later, if any."""
         if self.ranks is None:
-            return self._complete(sums, row, rates)
-        return partial(self._settle, self.ranks.reduce(sums), sums, row, rates)
+            return self._complete(row, before, rates)
+        return partial(self._settle, self.ranks.reduce(row[:4]), row, before, rates)
 
-    def _settle(self, work: Any, sums: Tensor, row: Tensor, rates: tuple) -> None:
+    def _settle(self, work: Any, row: Tensor, before: Tensor | None, rates: tuple) -> None:
         self.ranks.wait(work)
-        self._complete(sums, row, rates)
+        self._complete(row, before, rates)
 
-    def _complete(self, sums: Tensor, row: Tensor, rates: tuple) -> None:
-        """What follows once the sums are those of all ranks."""
+    def _complete(self, row: Tensor, before: Tensor | None, rates: tuple) -> None:
+        """What follows once the sums are those of all ranks. `before`: the row of the last step."""
+        if before is not None:
+            # The last gradient has been written to where its norm is no longer what it was.
+            written = (row[3] - before[1]).abs_() > _ROUNDING * before[1]
+            if written.device.type != "cpu" or written.any():
+                row[:1].masked_fill_(written, torch.nan)
+                row[2:4].masked_fill_(written, torch.nan)
         if self._adapter is not None:
             if self._recorder is None:
                 rates = tuple(torch.from_numpy(rate).to(self.device, non_blocking=True) for rate in rates)
@@ -575,14 +642,14 @@ class Engine:
         everything = len(present) == len(self.slots)
         key = (None if everything else tuple(present), tuple(odd))
         if key not in self._plans:
-            by_device: dict[torch.device, list[int]] = {}
+            calls: dict[tuple, list[int]] = {}
             for i in present:
-                by_device.setdefault(self.slots[i].device, []).append(i)
+                calls.setdefault((self.slots[i].again, self.slots[i].device), []).append(i)
             if len(self._plans) == _PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = [
                 (
-                    None if everything and len(by_device) == 1 else index,
+                    None if everything and len(calls) == 1 else index,
                     kernels.Plan(
                         [self.slots[i].param for i in index],
                         [grads[i] for i in index],
@@ -592,27 +659,23 @@ class Engine:
                         [self._scale_of[i] for i in index],
                     ),
                 )
-                for device, index in by_device.items()
+                for (_, device), index in calls.items()
             ]
         return self._plans[key]
 
     def _take_up(self, i: int, slot: Slot) -> None:
-        """Go on with what an optimizer's state holds of a parameter.
-
-        Raises:
-            ValueError: it holds something that does not fit the parameter.
-        """
-        if slot.state is None:
-            return
+        """Go on with what the state holds of a parameter; forget a gradient that does not fit it."""
         state = slot.state
+        if state is None or slot.again:
+            return
         for key in (PREVIOUS, "momentum_buffer"):
             if state.get(key) is None:
                 continue
             value = bare(state[key])
-            if value.shape != slot.shape:
-                raise ValueError(_changed(slot, "shape", tuple(value.shape), tuple(slot.shape)))
-            if value.device != slot.param.device:
-                raise ValueError(_changed(slot, "device", value.device, slot.param.device))
+            if value.shape != slot.shape or value.device != slot.device:
+                if key == PREVIOUS:
+                    del state[key]
+                continue
             dtype = slot.outer.dtype if key == "momentum_buffer" else state[key].dtype
             if _like(slot, value) is not value or dtype != state[key].dtype:
                 state[key] = torch.empty_like(slot.outer, dtype=dtype).copy_(state[key])
@@ -636,6 +699,34 @@ class Engine:
                 self._rates.pop(next(iter(self._rates)))
             self._rates[lr] = np.array(rates, np.float64)
         return self._rates[lr]
+
+
+class Reshaped(Exception):
+    """A parameter has changed its shape where it lies: another engine is needed."""
+
+
+def no_correlation(device: torch.device, *shape: int) -> Tensor:
+    """What there is before the first step: NaN, float64."""
+    return torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+
+
+_forked = False
+"""Whether this process is a fork of one that had run the CPU kernel."""
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = f"{kernels.__name__}.numba_backend" in sys.modules
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def backend_for(name: str, device: torch.device) -> ModuleType:
+    """As :func:`oscopt.kernels.backend`; in a fork, in which OpenMP has no threads, not `numba`."""
+    if _forked and device.type == "cpu" and name in ("auto", "numba"):
+        name = "torch"
+    return kernels.backend(name, device)
 
 
 def check_settings(every: int, capturable: bool) -> None:
@@ -700,13 +791,6 @@ def _placed(slot: Slot, grad: Tensor | None) -> Tensor | None:
     if grad is None or not is_dtensor(grad) or grad.placements == slot.outer.placements:
         return grad
     return grad.redistribute(slot.outer.device_mesh, slot.outer.placements)
-
-
-def _changed(slot: Slot, what: str, before: object, now: object) -> str:
-    return (
-        f"parameter {slot.name!r} has changed its {what} from {before} to {now} since its last step; change "
-        "a model before its first step, or make a new optimizer (and monitor) for it"
-    )
 
 
 def _like(slot: Slot, tensor: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ class History:
         self._limit = limit
         self._size = _BLOCK if limit is None else min(_BLOCK, limit // 4)  # steps in a block
         self._layer_names: tuple[str, ...] = ()
+        self._current: tuple[str, ...] = ()  # the layers that rows are of now
+        self._columns: list[int] | None = None  # where they are in the record, if not in the same places
         self._blocks: list[_Block] = []  # on the host, the oldest first
         self._arriving: _Block | None = None  # on its way there
         self._block: Tensor | None = None  # (_size, 7, L) on the device
@@ -88,21 +90,32 @@ class History:
         last = self._arriving or (self._blocks[-1] if self._blocks else None)
         return int(last.steps[-1]) + 1 if last is not None else 0
 
-    def add_layers(self, names: Sequence[str]) -> None:
-        """Set the layers to `names`, which begin with those there are; new ones are NaN so far.
+    def add_layers(self, names: Sequence[str], *, edited: bool = False) -> None:
+        """From now on rows are of the layers `names`. Those that are new are NaN so far, others from now on.
+
+        Args:
+            names: the layers.
+            edited: whether they are those of the model that was recorded, after parameters came or went.
 
         Raises:
             ValueError: the history holds other layers.
         """
         names = tuple(names)
-        if names[: len(self._layer_names)] != self._layer_names:
+        held = set(self._layer_names)
+        if not (edited or held <= set(names) or held >= set(names)):
             raise ValueError(
                 f"history holds layers {_some(self._layer_names)}, the optimizer has {_some(names)}; "
                 "pass the history of the same model, or none"
             )
-        if names != self._layer_names:
+        if names != self._current:
             self._close_block()
-            self._layer_names = names
+            if not self._count:
+                self._layer_names = ()
+            self._layer_names += tuple(name for name in names if name not in self._layer_names)
+            self._current = names
+            place = {name: i for i, name in enumerate(self._layer_names)}
+            columns = [place[name] for name in names]
+            self._columns = None if columns == list(range(len(place))) else columns
 
     def next_row(self, device: torch.device) -> Tensor:
         """Where the next step's :data:`RECORDED` go: float64, shape (7, L), on `device`.
@@ -114,7 +127,7 @@ class History:
         self.settle()
         if self._block is None:
             self._make_room()
-            shape = (self._size, len(RECORDED), len(self._layer_names))
+            shape = (self._size, len(RECORDED), len(self._current))
             self._block = torch.zeros(shape, dtype=torch.float64, device=device)
             self._block[:, len(RECORDED) - 2 :] = 1.0  # scales
         return self._block[len(self._steps)]
@@ -192,12 +205,17 @@ class History:
         rates = {}
         for i, name in enumerate(_HOST):
             rows = [row[i] for row in self._rates[first:]]
-            if all(row is rows[0] for row in rows):
-                rates[name] = np.broadcast_to(rows[0], (count, width))
-            else:
-                rates[name] = np.stack(rows)
+            constant = all(row is rows[0] for row in rows)
+            rows = np.stack(rows[:1] if constant else rows)
+            if self._columns is not None:
+                rows, given = np.full((len(rows), width), np.nan), rows
+                rows[:, self._columns] = given
+            rates[name] = np.broadcast_to(rows[0], (count, width)) if constant else rows
         ordinals = np.arange(self._count + first, self._count + len(self._steps))
         sums = self._block[first : len(self._steps)]
+        if self._columns is not None:
+            sums, given = sums.new_full((count, len(RECORDED), width), np.nan), sums
+            sums[..., self._columns] = given
         return _Block(np.array(self._steps[first:], np.int64), ordinals, sums, rates)
 
     def _close_block(self) -> None:

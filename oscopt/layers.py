@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, count
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 Layers = str | Mapping | Callable[[str], str | None]
 """The forms of the argument `layers`; see :class:`oscopt.OscGD`."""
@@ -11,7 +17,9 @@ ROOT = "(root)"
 """Name of the layer of parameters that the outermost module owns itself."""
 
 
-def assign(names: Sequence[str], layers: Layers, *, named: bool = True) -> list[str | None]:
+def assign(
+    names: Sequence[str], layers: Layers, *, named: bool = True, whole: bool = True
+) -> list[str | None]:
     """The layer of each parameter, None: updated but not measured.
 
     Args:
@@ -19,6 +27,7 @@ def assign(names: Sequence[str], layers: Layers, *, named: bool = True) -> list[
         layers: "module", "parameter", a dict (parameter -> layer, or layer -> list of parameters), or a
             callable parameter -> layer.
         named: whether the names are the user's; if not, "module" means "parameter".
+        whole: whether they are all that there are; if not, `layers` may know of others.
 
     Raises:
         TypeError: `layers` is none of these, or a layer's name is not a string.
@@ -36,7 +45,7 @@ def assign(names: Sequence[str], layers: Layers, *, named: bool = True) -> list[
             raise ValueError(
                 f"layers gives no layer for {_some(missing)}; add them, or map them to None to leave them out"
             )
-        if unknown := [name for name in mapping if name not in set(names)]:
+        if whole and (unknown := [name for name in mapping if name not in set(names)]):
             raise ValueError(f"layers names parameters that do not exist: {_some(unknown)}")
         assigned = [mapping[name] for name in names]
     elif callable(layers):
@@ -72,3 +81,55 @@ def _parameter_to_layer(layers: Mapping) -> dict[str, str | None]:
 def _some(names: Sequence[str]) -> str:
     text = ", ".join(map(repr, names[:3]))
     return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
+
+
+class Listing:
+    """The parameters that an optimizer's groups list, as they do now: by hand they may be changed anytime.
+
+    Args:
+        groups: the optimizer's `param_groups`.
+
+    Attributes:
+        params: those that have memory, in the order of the groups; one may be listed twice.
+        groups: the number of each one's group.
+    """
+
+    def __init__(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        lists = [list(group["params"]) for group in groups]
+        self._sizes = list(map(len, lists))
+        self._listed = list(chain.from_iterable(lists))
+        self._lazy = [p for p in self._listed if is_lazy(p)]
+        pairs = [(p, i) for i, params in enumerate(lists) for p in params if not is_lazy(p)]
+        self.params: list[Tensor] = [p for p, _ in pairs]
+        self.groups: list[int] = [i for _, i in pairs]
+
+    def holds(self, groups: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether it is what `groups` list."""
+        lists = [group["params"] for group in groups]
+        return (
+            list(map(len, lists)) == self._sizes
+            and all(map(is_, chain.from_iterable(lists), self._listed))
+            and all(map(is_lazy, self._lazy))
+        )
+
+
+def follow(groups: Iterable[Mapping[str, Any]], known: Mapping[Tensor, str]) -> dict[Tensor, str]:
+    """The names of all parameters that `groups` list now, in their order.
+
+    Those that are `known` keep their names. Another one has the name that stands at its place in the group's
+    `param_names`, if the parameter that was called so is gone; else "param" and a number.
+    """
+    places = [
+        (p, (group.get("param_names") or ())[i : i + 1])
+        for group in groups
+        for i, p in enumerate(group["params"])
+    ]
+    names = {p: known[p] for p, _ in places if p in known}
+    used = set(names.values())
+    numbered = (f"param{n}" for n in count())
+    for p, name in places:
+        if p not in names:
+            free = [x for x in name if x not in used] or [next(x for x in numbered if x not in used)]
+            names[p] = free[0]
+            used.add(free[0])
+    return {p: names[p] for p, _ in places}

@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from .adapt import Adapter, Policy, resolve
 from .distributed import Ranks, bare
-from .engine import Engine, check_settings, skipped
+from .engine import COPIED, PREVIOUS, Engine, Reshaped, backend_for, check_settings, no_correlation, skipped
 from .history import History
 from .kernels import capturing
-from .layers import Layers, assign
+from .layers import Layers, Listing, assign, follow
 from .recorder import Recorder, one_device
 from .window import Window
 
@@ -56,6 +57,10 @@ class OscGD(Optimizer):
             then, and the device counts the steps and keeps those that `history` has not taken, which it does
             when it is read: at least the last 256.
         differentiable: the update is made of torch's own operations, which autograd records.
+        copy_gradients: copy the previous gradient (20 bytes a float32 parameter and step instead of 16)
+            rather than keep the tensor. For training loops that write to a gradient after the step where
+            autograd does not see it (`p.grad.data`, numpy) and leave its norm as it was, as a change of signs
+            does, or do so with `every` > 1: other writes are noticed.
         layers: which parameters make up a layer. "module": those that one module owns directly, named by its
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
             measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None;
@@ -98,6 +103,7 @@ class OscGD(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        copy_gradients: bool = False,
         layers: Layers = "module",
         every: int = 1,
         adapt: str | Policy | None = None,
@@ -133,21 +139,25 @@ class OscGD(Optimizer):
         if fused:
             self._step_supports_amp_scaling = True
         self._layers = layers
-        self._assigned: dict[str, str | None] = {}  # parameter -> layer
+        self._names: dict[Tensor, str] | None = None  # of the parameters, as they were when last looked at
+        self._assigned: dict[str, str | None] = {}  # name -> layer, also of parameters that are gone
         self._every = every
+        self._copy_gradients = bool(copy_gradients)
         self._backend = backend
         self._policy = policy
         self._adapter: Adapter | None = None
         self._capturable = capturable
         self._recorder: Recorder | None = None
-        self._captured: list[Any] = []  # what graphs use
+        # Whose steps graphs have captured, and what they use, by `id`.
+        self._captured: tuple[Engine | None, dict[int, Any]] = (None, {})
         self._history = History() if history is None else history
         self._engine: Engine | None = None
+        self._listing: Listing | None = None  # what the engine was made for
         self._windows: list[Window] = []
         self._ranks: Ranks | None = None
         self._hyper: tuple[tuple[float, ...], ...] = ()
         super().__init__(params, defaults)
-        self._assign_layers()
+        self._name_all()
         self._ensure_engine()
 
     # ---- what users read ---------------------------------------------------------------------------------
@@ -155,32 +165,40 @@ class OscGD(Optimizer):
     @property
     def correlation(self) -> Tensor:
         """Latest correlation mu of each layer: float64, shape (L,), on the parameters' device, no waiting."""
-        return self._ensure_engine().correlation()
+        if self._engine is None:
+            return no_correlation(self._device(), len(self.layer_names))
+        return self._engine.correlation()
 
     @property
     def global_correlation(self) -> Tensor:
         """Latest correlation of all layers together: float64, 0-dim, on the device, no waiting."""
-        return self._ensure_engine().global_correlation()
+        return no_correlation(self._device()) if self._engine is None else self._engine.global_correlation()
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """Names of the L layers, in the order of their first parameters."""
-        return self._ensure_engine().layer_names
+        """Names of the L layers, in the order of their first parameters, as of the last step."""
+        if self._engine is not None:
+            return self._engine.layer_names
+        return tuple(dict.fromkeys(x for x in map(self._assigned.get, self._names.values()) if x is not None))
 
     @property
     def step_scale(self) -> Tensor:
         """Multiplier of each layer's learning rate in the next step: float64, shape (L,), on the device."""
-        engine = self._ensure_engine()
-        if self._adapter is None:
-            return torch.ones(len(engine.layer_names), dtype=torch.float64, device=engine.device)
-        self._history.settle()
-        return self._adapter.scale.clone()
+        if self._adapter is not None:
+            self._history.settle()
+            return self._adapter.scale.clone()
+        scale = torch.ones(len(self.layer_names), dtype=torch.float64, device=self._device())
+        if self._policy is not None and self.param_groups and len(scale):
+            return self._new_adapter(self._device()).scale
+        return scale
 
     @property
     def rejected_scales(self) -> Tensor:
         """How many scales of the policy were negative or not finite, and so not used: int64, 0-dim."""
-        self._ensure_engine()
-        return torch.zeros((), dtype=torch.int64) if self._adapter is None else self._adapter.rejected.clone()
+        if self._adapter is None:
+            return torch.zeros((), dtype=torch.int64, device=self._device())
+        self._history.settle()
+        return self._adapter.rejected.clone()
 
     @property
     def history(self) -> History:
@@ -190,7 +208,10 @@ class OscGD(Optimizer):
     @property
     def backend(self) -> str:
         """Name of the backend in use; joined by "+" where parameters lie on several kinds of devices."""
-        return self._ensure_engine().backend
+        if self._engine is not None:
+            return self._engine.backend
+        devices = dict.fromkeys(p.device for p in self._names)
+        return "+".join(dict.fromkeys(backend_for(self._backend, device).NAME for device in devices))
 
     def window(self, h: int = 5) -> Window:
         """Keep the gradients of the next `h` steps for their pairwise correlations.
@@ -213,11 +234,14 @@ class OscGD(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, or the process group of sharded parameters is gone.
-            ValueError: a parameter has changed its shape or device since the last step.
+            ValueError: a gradient or a momentum buffer has another shape than its parameter.
 
-        No parameter has been changed by then. If a ``torch.amp.GradScaler`` leaves unscaling to this
-        optimizer (`fused=True`) and has found a gradient that is not finite, the step is skipped: no update,
-        no measurement, and the next one pairs with the last that was applied.
+        No parameter has been changed by then. The groups may be edited by hand between two steps, as those of
+        ``torch.optim.SGD``; what has no previous gradient is NaN in the record.
+
+        If a ``torch.amp.GradScaler`` leaves unscaling to this optimizer (`fused=True`) and has found a
+        gradient that is not finite, the step is skipped: no update, no measurement, and the next one pairs
+        with the last that was applied.
         """
         loss = None
         if closure is not None:
@@ -235,18 +259,24 @@ class OscGD(Optimizer):
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             by_device: dict[torch.device, list[Tensor]] = {}
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        g = bare(p.grad)
-                        by_device.setdefault(g.device, []).append(g)
+            for p in dict.fromkeys(p for group in self.param_groups for p in group["params"]):
+                if p.grad is not None:
+                    g = bare(p.grad)
+                    by_device.setdefault(g.device, []).append(g)
             for device, grads in by_device.items():
                 torch._foreach_div_(grads, scale.to(device, non_blocking=True))
         return True
 
     def _measure_and_update(self) -> None:
+        if not self.param_groups:
+            return
         engine = self._ensure_engine()
-        grads, wholes = engine.gradients()
+        try:
+            grads, wholes = engine.gradients()
+        except Reshaped:
+            self._drop_engine()
+            engine = self._ensure_engine()
+            grads, wholes = engine.gradients()
         if capturing(engine.device):
             self._check_capture(engine, grads)
         hyper = []
@@ -260,11 +290,11 @@ class OscGD(Optimizer):
             hyper.append((lr, 0.0, 1.0, decay, ahead, sign))  # a momentum buffer's first step
         if tuple(hyper) != self._hyper:
             self._hyper = tuple(hyper)
-        differentiable = any(group["differentiable"] for group in self.param_groups)
+        differentiable = any(group.get("differentiable") for group in self.param_groups)
         bufs, rows = None, engine.rows
         if any(row[1] for row in hyper) and not differentiable:
             bufs, rows = self._buffers(engine, grads, grads is wholes, hyper)
-        step = self.param_groups[0]["step"]
+        step = self._step()
         rates = tuple(row[0] for row in hyper[::2])
         if self._recorder is not None:
             rates = tuple(group["lr"] for group in self.param_groups)
@@ -273,11 +303,14 @@ class OscGD(Optimizer):
             # torch.distributed.checkpoint has an optimizer make its state by such a step. It is none.
             engine.begin(grads, wholes)
             return
-        before = tuple(group["prev_lr"] for group in self.param_groups)
+        before = tuple(group.get("prev_lr", math.nan) for group in self.param_groups)
         update = None if differentiable else self._hyper
         engine.step(step, grads, wholes, bufs, rows, update, rates, before)
         if capturing(engine.device):
-            self._captured.append((engine.in_use(), bufs))
+            if self._captured[0] is not engine:  # what was captured before it cannot be replayed any more
+                self._captured = engine, {}
+            # By `id`: capturing the same step again holds nothing more.
+            self._captured[1].update(engine.in_use() | {id(b): b for b in bufs or ()})
         if differentiable:
             self._update_differentiably()
         else:
@@ -298,19 +331,31 @@ class OscGD(Optimizer):
             everyone = engine.entries("momentum_buffer")
             if everyone is not None:
                 return everyone, engine.rows
+        used = [i for i, g in enumerate(grads) if g is not None and hyper[engine.rows[i]][1]]
+        for slot in (engine.slots[i] for i in used):
+            buf = slot.state.get("momentum_buffer") if slot.state else None
+            if buf is not None and (bare(buf).shape, bare(buf).device) != (slot.shape, slot.device):
+                raise ValueError(
+                    f"parameter {slot.name!r} has shape {tuple(slot.outer.shape)} on {slot.device}, its "
+                    f"momentum buffer {tuple(buf.shape)} on {buf.device}; change both, or delete the buffer "
+                    "(optimizer.state[p].pop('momentum_buffer'))"
+                )
         bufs: list[Tensor | None] = [None] * len(grads)
         rows = list(engine.rows)
-        for i, slot in enumerate(engine.slots):
-            if grads[i] is not None and hyper[rows[i]][1]:
-                state = engine.state(slot)
-                buf = state.get("momentum_buffer")
-                if buf is None:
-                    buf = state["momentum_buffer"] = torch.zeros_like(slot.outer)
-                    rows[i] += 1
-                if buf.dtype != slot.outer.dtype or buf.stride() != slot.outer.stride():
-                    # Somebody's own: kernels need it like its parameter.
-                    buf = state["momentum_buffer"] = torch.empty_like(slot.outer).copy_(buf)
-                bufs[i] = buf if slot.outer is slot.param else bare(buf)
+        begun: dict[Tensor, int] = {}  # in which group
+        for i in used:
+            slot = engine.slots[i]
+            state = engine.state(slot)
+            buf = state.get("momentum_buffer")
+            if buf is None:
+                buf = state["momentum_buffer"] = torch.zeros_like(slot.outer)
+                begun[slot.outer] = slot.group
+            if begun.get(slot.outer) == slot.group:
+                rows[i] += 1
+            if buf.dtype != slot.outer.dtype or buf.stride() != slot.outer.stride():
+                # Somebody's own: kernels need it like its parameter.
+                buf = state["momentum_buffer"] = torch.empty_like(slot.outer).copy_(buf)
+            bufs[i] = buf if slot.outer is slot.param else bare(buf)
         return bufs, rows
 
     def _check_capture(self, engine: Engine, grads: list[Tensor | None]) -> None:
@@ -360,12 +405,12 @@ class OscGD(Optimizer):
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            group["step"] = self.param_groups[0]["step"]
+            group["step"] = self._step()
             _check(group)
             for p in group["params"]:
                 if not (p.is_floating_point() or p.is_complex()):
                     raise TypeError(f"OscGD needs floating-point or complex parameters, not {p.dtype}")
-                if p.is_conj() or p.is_neg():
+                if not is_lazy(p) and (p.is_conj() or p.is_neg()):
                     raise TypeError(
                         "OscGD needs parameters whose memory holds their values, not a lazy conjugate or "
                         "negative; make it of p.resolve_conj().resolve_neg()"
@@ -376,14 +421,14 @@ class OscGD(Optimizer):
                     raise RuntimeError(
                         f"`fused=True` requires all the params to be floating point Tensors, not {p.dtype}"
                     )
-            if self._assigned:  # while the constructor adds its groups, the layers are not known yet
-                self._assign_layers()
+            if self._names is None:  # the constructor adds the groups first
+                return
+            self._name_all()
         except BaseException:
             self.param_groups.pop()
             raise
         self._drop_engine()
-        if self._assigned:
-            self._ensure_engine()  # ranks that share parameters meet here, not where one of them reads
+        self._ensure_engine()  # ranks that share parameters meet here, not where one of them reads
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; the scales of `adapt` are in the first group."""
@@ -396,22 +441,46 @@ class OscGD(Optimizer):
         The history is cut back to the state's step.
         """
         super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(numbers, params, strict=False):
+            # torch has made it of the parameter's dtype, which a gradient need not have.
+            prev = state_dict["state"].get(i, {}).get(PREVIOUS)
+            if prev is not None and prev.dtype != p.dtype:
+                self.state[p][PREVIOUS] = prev.to(p.device)
         for group in self.param_groups:
             group.setdefault("step", self._history.next_step)
-        self._history.cut(self.param_groups[0]["step"])
+        self._history.cut(self._step())
         self._drop_engine()
         self._adapter = self._recorder = None
+        self._ensure_engine()
 
     def _drop_engine(self) -> None:
-        """Another is to be made; what is left of this one is in the parameters' state, and its windows."""
+        """Another is to be made; what is left of this one is in the parameters' state, and its windows.
+
+        Of parameters that are gone nothing is left.
+        """
+        names = follow(self.param_groups, self._names)
         if self._engine is not None:
-            self._engine.drop_spoiled()
+            self._engine.drop_spoiled(self._members(names))
             self._windows, self._engine = self._engine.windows, None
+        for p in self._names.keys() - names.keys():
+            if p in self.state:
+                for key in (PREVIOUS, COPIED):
+                    self.state[p].pop(key, None)
+                if not self.state[p]:  # SGD has none, and nothing to save
+                    del self.state[p]
 
     def _show_state(self) -> None:
         """Make the state what it is saved as: only good gradients, and adaptation's in the first group."""
-        if self._engine is not None:
+        if self._names is None:  # the constructor is at work
+            return
+        if self._listing is None or not self._listing.holds(self.param_groups):
+            self._drop_engine()
+        elif self._engine is not None:
             self._engine.drop_spoiled()
+        if not self.param_groups:
+            return
         if self._recorder is not None:
             step, rates = self._recorder.state()
             for group, rate in zip(self.param_groups, rates, strict=False):  # one may have just been added
@@ -424,8 +493,17 @@ class OscGD(Optimizer):
         self._show_state()
         own = {
             name: getattr(self, name)
-            for name in ("_every", "_backend", "_history", "_assigned", "_policy", "_capturable")
+            for name in (
+                "_every",
+                "_copy_gradients",
+                "_backend",
+                "_history",
+                "_assigned",
+                "_policy",
+                "_capturable",
+            )
         }
+        own["_names"] = follow(self.param_groups, self._names)
         own["_layers"] = self._layers if _can_be_pickled(self._layers) else dict(self._assigned)
         return super().__getstate__() | own
 
@@ -443,7 +521,7 @@ class OscGD(Optimizer):
             self._step_supports_amp_scaling = True
         self._engine, self._ranks, self._hyper = None, getattr(self, "_ranks", None), ()
         self._adapter, self._recorder, self._windows = None, None, []
-        self._captured = getattr(self, "_captured", [])
+        self._listing, self._captured = None, getattr(self, "_captured", (None, {}))
         self._capturable = getattr(self, "_capturable", False)  # it came later
 
     def __repr__(self) -> str:
@@ -451,44 +529,78 @@ class OscGD(Optimizer):
 
     # ---- inside ------------------------------------------------------------------------------------------
 
-    def _names(self) -> list[str]:
-        """Names of all parameters, in the order of the groups."""
-        names: list[str] = []
-        for group in self.param_groups:
-            first, count = len(names), len(group["params"])
-            names += group.get("param_names") or [f"param{first + i}" for i in range(count)]
-        return names
+    def _step(self) -> int:
+        """The number of the next step."""
+        step = next((group["step"] for group in self.param_groups if "step" in group), None)
+        return self._history.next_step if step is None else step  # groups made by hand have none
 
-    def _assign_layers(self) -> None:
-        names = self._names()
-        if len(set(names)) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise ValueError(f"two parameters are called {twice!r}; give them different names")
-        named = "param_names" in self.param_groups[0]
-        self._assigned = dict(zip(names, assign(names, self._layers, named=named), strict=True))
+    def _device(self) -> torch.device:
+        """Where what users read lies: that of the first parameter."""
+        if self._engine is not None:
+            return self._engine.device
+        return next((p.device for p in self._names), torch.device("cpu"))
+
+    def _name_all(self) -> None:
+        """Give names and layers, as the user says, to all parameters that have none."""
+        listed = [p for group in self.param_groups for p in group["params"]]
+        given = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if len(set(given)) < len(given):
+            twice = next(name for i, name in enumerate(given) if name in given[:i])
+            pairs = zip(given, listed, strict=False)
+            if len({p for name, p in pairs if name == twice}) > 1:
+                raise ValueError(f"two parameters are called {twice!r}; give them different names")
+        names = follow(self.param_groups, self._names or {})
+        new = [name for name in names.values() if name not in self._assigned]
+        layers = assign(new, self._layers, named=bool(given), whole=self._names is None)
+        self._assigned |= dict(zip(new, layers, strict=True))
+        self._names = names
+
+    def _layer(self, name: str) -> str | None:
+        """The layer of a parameter that may have come in by hand."""
+        if name not in self._assigned:
+            given = any(name in group.get("param_names", ()) for group in self.param_groups)
+            asked = given and (not isinstance(self._layers, Mapping) or name in self._layers)
+            self._assigned[name] = assign([name], self._layers, whole=False)[0] if asked else name
+        return self._assigned[name]
+
+    def _members(self, names: dict[Tensor, str]) -> dict[str, set[int]]:
+        """Which parameters each layer has, by `id`."""
+        found: dict[str, set[int]] = {}
+        for p, name in names.items():
+            layer = self._layer(name)
+            if layer is not None and not is_lazy(p):
+                found.setdefault(layer, set()).add(id(p))
+        return found
 
     def _ensure_engine(self) -> Engine:
         """The engine of the parameters as they are now."""
-        if self._engine is None or self._engine.stale(self.state):
-            params = [p for group in self.param_groups for p in group["params"]]
-            groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        held = self._listing is not None and self._listing.holds(self.param_groups)
+        if self._engine is None or not held or self._engine.stale(self.state):
             self._drop_engine()
+            self._listing = listing = Listing(self.param_groups)
+            now = follow(self.param_groups, self._names)
+            edited = list(map(id, now)) != list(map(id, self._names))
+            self._names = now
+            names = [self._names[p] for p in listing.params]
+            layers = [self._layer(name) for name in names]
             if self._capturable:
-                self._recorder = self._new_recorder(params, groups)
-            if self._policy is not None and any(layer is not None for layer in self._assigned.values()):
-                self._adapter = self._new_adapter(params[0].device)
+                self._recorder = self._new_recorder(listing.params, listing.groups, layers)
+            if self._policy is not None and any(layer is not None for layer in layers):
+                self._adapter = self._new_adapter(listing.params[0].device)
             engine = Engine(
-                names=list(self._assigned),
-                params=params,
+                names=names,
+                params=listing.params,
                 states=self.state,
-                groups=groups,
-                layers=list(self._assigned.values()),
+                groups=listing.groups,
+                layers=layers,
                 every=self._every,
                 backend=self._backend,
                 history=self._history,
                 ranks=self._ranks,
                 adapter=self._adapter,
                 recorder=self._recorder,
+                edited=edited,
+                copy_gradients=self._copy_gradients,
             )
             engine.windows = self._windows
             self._engine, self._ranks = engine, engine.ranks
@@ -496,23 +608,25 @@ class OscGD(Optimizer):
 
     def _new_adapter(self, device: torch.device) -> Adapter:
         """What decides on the layers' scales, going on from the state in the first group."""
-        self._show_state()
         adapted: dict[str, bool] = {}
-        names = iter(self._assigned.values())
         for group in self.param_groups:
-            for layer in (next(names) for _ in group["params"]):
-                if layer is not None:
+            for p in group["params"]:
+                layer = self._layer(self._names[p])
+                if layer is not None and not is_lazy(p):
                     adapted[layer] = adapted.get(layer, True) and group.get("adapt", True)
         state = self.param_groups[0]
-        return Adapter(self._policy, list(adapted.values()), device, state, in_place=self._capturable)
+        if self._adapter is not None:
+            self._history.settle()
+            state = dict(self._adapter.state(tuple(adapted)))
+        return Adapter(self._policy, adapted, device, state, in_place=self._capturable)
 
-    def _new_recorder(self, params: list[Tensor], groups: list[int]) -> Recorder:
+    def _new_recorder(self, params: list[Tensor], groups: list[int], layers: list[str | None]) -> Recorder:
         """What counts and records on the device; the one there is, if it fits."""
-        device, layers = one_device(params), list(self._assigned.values())
+        device = one_device(params)
         if self._recorder is not None and self._recorder.fits(layers, groups, device):
             return self._recorder
         self._show_state()
-        step, rates = self.param_groups[0]["step"], [group["prev_lr"] for group in self.param_groups]
+        step, rates = self._step(), [group.get("prev_lr", math.nan) for group in self.param_groups]
         return Recorder(layers, groups, device, self._history, step, rates)
 
 

@@ -30,7 +30,7 @@ def one_device(params: Sequence[Tensor]) -> torch.device:
         raise ValueError(
             f"capturable=True needs all parameters on one device, not on {devices[0]} and {devices[1]}"
         )
-    return devices[0]
+    return devices[0] if devices else torch.device("cpu")
 
 
 class Recorder:

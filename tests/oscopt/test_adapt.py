@@ -477,6 +477,7 @@ def test_any_callable():
 
     optimizer = OscGD(net.named_parameters(), lr=0.1, adapt=policy)
     train(net, optimizer, 3)
+    assert seen.pop(0).dot.isnan().all()  # to look at what it returns
     assert len(seen) == 3 and seen[0].dot.shape == (3,) and seen[0].dot.isnan().all()
     assert (optimizer.step_scale == 0.25).all()  # the first step had nothing to compare
     h = optimizer.history
@@ -497,11 +498,9 @@ def test_zero_gradient_keeps_its_scale():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
 def test_bad_scales_are_kept_out(bad):
     net = small_net()
-    steps = []
 
     def policy(measured):
-        steps.append(1)
-        return measured.scale * (bad if len(steps) > 2 else 2.0)
+        return measured.scale * (bad if measured.steps > 2 else 2.0)
 
     optimizer = OscGD(net.named_parameters(), lr=1e-3, adapt=policy)
     with pytest.warns(UserWarning, match="negative or not finite.*rejected_scales") as caught:
@@ -510,12 +509,63 @@ def test_bad_scales_are_kept_out(bad):
     assert (optimizer.step_scale == 2).all() and optimizer.rejected_scales == 4 * 3
 
 
-@pytest.mark.parametrize("returned", [torch.ones(2), torch.ones(()), 1.0, None], ids=str)
-def test_wrong_shape(returned):
-    net = small_net()
-    optimizer = OscGD(net.named_parameters(), lr=0.1, adapt=lambda measured: returned)
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("returned", [torch.ones(2), torch.ones(()), 1.0, None, (torch.ones(2), {})], ids=str)
+def test_wrong_shape(returned, lag):
+    """It shows when the optimizer is made: before any step."""
+
+    def policy(measured):
+        return returned
+
+    policy.lag = lag
     with pytest.raises(ValueError, match=r"returned .*return scales of shape \(3,\)"):
-        train(net, optimizer, 2)
+        OscGD(small_net().named_parameters(), lr=0.1, adapt=policy)
+
+
+@pytest.mark.parametrize("state", [3.0, [torch.ones(3)], {"mean": 0.5}], ids=str)
+def test_wrong_state(state):
+    with pytest.raises(ValueError, match="returned the state .*; return a dict of tensors"):
+        OscGD(small_net().named_parameters(), lr=0.1, adapt=lambda measured: (measured.scale, state))
+
+
+@pytest.mark.parametrize(
+    "policy", [SecantStep(), SecantStep(granularity="layer", lag=1), SmoothnessStep()], ids=str
+)
+def test_optimizers_may_share_a_policy(policy):
+    """It is a pure function: what it remembers belongs to the optimizer."""
+    ends = []
+    for policies in ([policy, policy], [copy.deepcopy(policy), copy.deepcopy(policy)]):
+        optimizers = []
+        for own, rate in zip(policies, (0.01, 0.003), strict=True):
+            p = nn.Parameter(torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64))
+            optimizers.append((p, OscGD([p], lr=rate, adapt=own)))
+        for _ in range(30):
+            for p, optimizer in optimizers:
+                p.grad = p.detach() * torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64)
+                optimizer.step()
+        ends.append(
+            [(p.detach(), optimizer.step_scale, optimizer.history.step_scale) for p, optimizer in optimizers]
+        )
+    for shared, alone in zip(*ends, strict=True):
+        assert torch.equal(shared[0], alone[0]) and torch.equal(shared[1], alone[1])
+        np.testing.assert_array_equal(shared[2], alone[2])
+
+
+def test_what_a_policy_remembers_is_saved():
+    def smoothed(measured):
+        mean = 0.9 * measured.state.get("mean", torch.zeros_like(measured.scale)) + 0.1 * measured.sq_norm
+        return measured.scale * (1 + mean).rsqrt(), {"mean": mean}
+
+    p, q = (nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
+    optimizer, again = OscGD([p], lr=0.1, adapt=smoothed), OscGD([q], lr=0.1, adapt=smoothed)
+    for t in range(6):
+        if t == 3:
+            q.data.copy_(p.data)
+            again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for x, o in ((p, optimizer), (q, again)):
+            x.grad = x.detach().clone()
+            o.step()
+    assert torch.equal(p, q) and torch.equal(optimizer.step_scale, again.step_scale)
 
 
 @pytest.mark.parametrize(

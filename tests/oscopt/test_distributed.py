@@ -134,6 +134,11 @@ def fsdp(rank, world):
             assert "prev_grad" not in optimizer.state[p] or isinstance(
                 optimizer.state[p]["prev_grad"], DTensor
             )
+        copied = copy.deepcopy(optimizer.state_dict())["state"]
+        for i, p in enumerate(model.parameters()):
+            for key, value in optimizer.state[p].items():
+                if isinstance(value, DTensor):
+                    assert torch.equal(copied[i][key].full_tensor(), value.full_tensor()), (i, key)
 
 
 def fsdp_with_reused_gradients(rank, world):

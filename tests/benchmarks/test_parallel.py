@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from oscopt import History
+
+pytestmark = pytest.mark.slow
 
 RUN = str(Path(__file__).parents[2] / "benchmarks" / "run.py")
 SETTINGS = (

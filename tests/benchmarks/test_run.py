@@ -34,6 +34,8 @@ from study.experiments import TABLE
 from study.folder import Folder
 from study.train import Trainer
 
+pytestmark = pytest.mark.slow
+
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 FAST = ("--n-train", "64", "--micro-batch", "24", "--width", "8", "--threads", "1")
 

@@ -12,6 +12,8 @@ import pytest
 
 from oscopt.kernels.aot import VARIANTS
 
+pytestmark = pytest.mark.slow
+
 
 def aot(*arguments: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -15,6 +15,8 @@ from torch import nn
 from oscopt import History, OscGD, OscMonitor, recorder
 from oscopt.adapt import CosineStep, SecantStep
 
+pytestmark = pytest.mark.slow
+
 WARM, STEPS = 3, 6
 CASES = {
     "plain": {},

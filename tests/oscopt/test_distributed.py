@@ -30,6 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from oscopt import OscGD, OscMonitor
 from oscopt.adapt import CosineStep
 
+pytestmark = pytest.mark.slow
+
 SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm")
 LR = 0.1
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from oscopt import History, OscGD, OscMonitor, loggers
 
+pytestmark = pytest.mark.slow
+
 
 def trained(steps: int = 8, **options) -> OscGD:
     net = small_net()

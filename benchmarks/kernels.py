@@ -260,6 +260,7 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from micro import contenders, plot, timing
+    from study import memory
 
     if options.markdown:
         print_markdown(Path(options.markdown))
@@ -295,7 +296,7 @@ def _run(options: argparse.Namespace) -> int:
                 flush=True,
             )
             needed = timing.bytes_needed(what.elements, dtype.itemsize, chosen)
-            if needed > 0.9 * (free := timing.bytes_free(device)):
+            if needed > 0.9 * (free := memory.free(device)):
                 print(
                     f"skipped: it needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
                 )

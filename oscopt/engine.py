@@ -312,12 +312,15 @@ class Engine:
         Raises:
             RuntimeError: a gradient is sparse, or the process group of sharded parameters is gone.
             ValueError: a gradient has another shape than its parameter.
+            Exception: what the policy raised in the last step.
             Reshaped: a parameter has changed its shape where it lies.
 
         Nothing has been changed by then.
         """
         if self.ranks is not None:
             self.ranks.check()
+        if self._adapter is not None:
+            self._adapter.check()
         grads = kernels.Tensors(map(_GRAD, self.params))
         if self._alike(grads):
             self.fits = True

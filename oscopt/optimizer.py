@@ -235,6 +235,7 @@ class OscGD(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse, or the process group of sharded parameters is gone.
             ValueError: a gradient or a momentum buffer has another shape than its parameter.
+            Exception: what the policy of `adapt` raised in the last step, where the update came first.
 
         No parameter has been changed by then. The groups may be edited by hand between two steps, as those of
         ``torch.optim.SGD``; what has no previous gradient is NaN in the record.

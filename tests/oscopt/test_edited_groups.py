@@ -298,3 +298,54 @@ def test_a_monitor_beside_sgd_through_surgery():
         results.append([p.detach().clone() for p in params])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert len(monitor.history) == 8
+
+
+def test_an_empty_first_group():
+    a = nn.Parameter(torch.ones(2))
+    optimizer = OscGD([{"params": []}], lr=0.1)
+    optimizer.add_param_group({"params": [a]})
+    take(optimizer, a)
+    take(optimizer, a)
+    assert torch.allclose(a, torch.full((2,), 0.8))
+    assert optimizer.correlation.tolist() == pytest.approx([1])
+
+
+def test_lazy_modules():
+    """Their parameters have memory from the first forward pass on."""
+    results = []
+    for kind in (OscGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(2))
+        options = {"foreach": True} if kind is torch.optim.SGD else {}
+        optimizer = kind(net.named_parameters(), lr=0.1, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(torch.ones(5, 3)).square().sum().backward()
+            optimizer.step()
+        results.append([p.detach() for p in net.parameters()])
+        if kind is OscGD:
+            assert optimizer.layer_names == ("0", "2") and optimizer.correlation.isfinite().all()
+    assert all(torch.allclose(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_of_another_dtype_pair_after_a_load():
+    p = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = OscGD([p], lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+
+    def step(optimizer):
+        seen.append(torch.randn(64, generator=generator))
+        p.grad = None
+        p.grad_dtype = torch.float32
+        p.grad = seen[-1].clone()
+        optimizer.step()
+
+    step(optimizer)
+    restored = OscGD([p], lr=0.01)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(restored)
+    expected = torch.cosine_similarity(*seen, 0).item()
+    assert restored.correlation.item() == pytest.approx(
+        expected, abs=0.02
+    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_name
 from numba import njit, prange, types
+from numba.core.event import Listener, install_listener
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
@@ -175,24 +175,33 @@ def _addresses_of_some(tensors: Sequence[Tensor | None]) -> np.ndarray:
     return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
 
 
-_compiled: set = set()
+class _Announcement(Listener):
+    """Says, once, that a kernel is being compiled; numba tells of no event where it loads one from disk."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype, self._said = dtype, False
+
+    def on_start(self, event: object) -> None:
+        if not self._said:
+            self._said = True
+            text = "compiling oscopt's CPU kernel for %s: up to half a minute, once on this machine"
+            logging.getLogger("oscopt").warning(text, self._dtype)
+
+    def on_end(self, event: object) -> None:
+        """Nothing is to be said."""
+
+
+_called: set = set()
 
 
 def _call(kernel, arguments, dtype: torch.dtype) -> None:
-    """Call `kernel`, saying so when it takes long because it is being compiled."""
-    key = (kernel, dtype)
-    if key in _compiled:
+    """Call `kernel`, saying so if it takes long because it is being compiled."""
+    if (kernel, dtype) in _called:
         kernel(*arguments)
         return
-    text = "compiling oscopt's CPU kernel for %s: some seconds, once on this machine (it is cached on disk)"
-    said = threading.Timer(1.0, logging.getLogger("oscopt").warning, (text, dtype))
-    said.daemon = True
-    said.start()
-    try:
+    with install_listener("numba:compile", _Announcement(dtype)):
         kernel(*arguments)
-    finally:
-        said.cancel()
-    _compiled.add(key)
+    _called.add((kernel, dtype))
 
 
 # ---- compiled code ---------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -299,3 +301,19 @@ def test_hint_without_numba(monkeypatch):
     with pytest.warns(UserWarning, match=r"numba is not installed.*pip install 'oscopt\[cpu\]'") as caught:
         names = [kernels.backend("auto", torch.device("cpu")).NAME for _ in range(3)]
     assert names == ["torch"] * 3 and len(caught) == 1
+
+
+def test_compiling_is_told_where_it_happens(tmp_path, monkeypatch, caplog):
+    """Not where a kernel is loaded from disk."""
+    numba_backend = pytest.importorskip("oscopt.kernels.numba_backend")
+    source = "from numba import njit\n\n\n@njit(cache=True)\ndef kernel(x):\n    return x + 1\n"
+    (tmp_path / "fresh_kernel.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    told = []
+    for _ in range(2):
+        sys.modules.pop("fresh_kernel", None)
+        numba_backend._call(importlib.import_module("fresh_kernel").kernel, (1.0,), torch.float32)
+        told.append([record.getMessage() for record in caplog.records])
+        caplog.clear()
+    assert len(told[0]) == 1 and "compiling oscopt's CPU kernel for torch.float32" in told[0][0]
+    assert told[1] == []

@@ -346,6 +346,4 @@ def test_gradients_of_another_dtype_pair_after_a_load():
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     step(restored)
     expected = torch.cosine_similarity(*seen, 0).item()
-    assert restored.correlation.item() == pytest.approx(
-        expected, abs=0.02
-    )
+    assert restored.correlation.item() == pytest.approx(expected, abs=0.02)

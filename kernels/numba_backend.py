@@ -194,6 +194,11 @@ class _Announcement(Listener):
 _called: set = set()
 
 
+def has_run() -> bool:
+    """Whether a kernel has run in this process, or in the one that it is a fork of: OpenMP has threads then."""
+    return bool(_called)
+
+
 def _call(kernel, arguments, dtype: torch.dtype) -> None:
     """Call `kernel`, saying so if it takes long because it is being compiled."""
     if (kernel, dtype) in _called:

@@ -724,7 +724,8 @@ _forked = False
 
 def _note_fork() -> None:
     global _forked
-    _forked = f"{kernels.__name__}.numba_backend" in sys.modules
+    backend = sys.modules.get(f"{kernels.__name__}.numba_backend")
+    _forked = backend is not None and backend.has_run()
 
 
 os.register_at_fork(after_in_child=_note_fork)

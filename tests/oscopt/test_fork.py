@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -40,3 +42,22 @@ def test_a_step_in_a_forked_child(new):
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert torch.allclose(p, torch.full_like(p, 0.7)) and optimizer.backend == "numba"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_before_the_first_step_has_the_kernel():
+    """Or runs that are started by forks would differ from others by some bits."""
+    code = """
+import os, sys, torch
+from oscopt import OscGD
+from oscopt.kernels import numba_backend
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+p = torch.nn.Parameter(torch.ones(8))
+optimizer = OscGD([p], lr=0.1)
+p.grad = torch.ones(8)
+optimizer.step()
+os._exit(0 if optimizer.backend == "numba" else 1)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -195,7 +195,7 @@ _called: set = set()
 
 
 def has_run() -> bool:
-    """Whether a kernel has run in this process, or in the one that it is a fork of: OpenMP has threads then."""
+    """Whether a kernel has run in this process, or in that of which it is a fork: OpenMP has threads then."""
     return bool(_called)
 
 

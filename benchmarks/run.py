@@ -290,10 +290,8 @@ def _run(folder, config: Config, options: argparse.Namespace, beside, ranks) -> 
     from study.folder import CONFIG
     from study.train import Trainer, run
 
-    trainer, state = (
-        Trainer(config, options.data_root, ranks),
-        None,
-    )  # all errors of the input are raised here
+    trainer = Trainer(config, options.data_root, ranks)  # all errors of the input are raised here
+    state = None
     if options.resume:
         state, note = folder.load_checkpoint(trainer.load_state_dict)
         if note:

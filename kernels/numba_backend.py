@@ -98,9 +98,7 @@ class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
     def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of=None) -> None:
-        dtype = params[0].dtype
-        self._tag = np.zeros(1, _STORAGE[dtype])
-        self._itemsize = dtype.itemsize
+        self._tag = np.zeros(1, _STORAGE[params[0].dtype])
         self._params = params
         self._own = addresses(params)
         sizes = np.array([p.numel() for p in params], np.int64)
@@ -145,7 +143,6 @@ class Batch:
             self._start,
             self._stop,
             self._share(threads),
-            self._itemsize,
             FORM.part,
             FORM.ahead,
             self._tag,
@@ -563,7 +560,6 @@ def _step(
     start,
     stop,
     share,
-    itemsize,
     part,
     ahead,
     tag,
@@ -571,6 +567,7 @@ def _step(
     bounds,
     out,
 ):
+    itemsize = _itemsize(tag)
     for thread in prange(share.size - 1):
         for c in range(share[thread], share[thread + 1]):
             k = tensor[c]

@@ -26,6 +26,7 @@ from . import kernels, measures
 from .adapt import Adapter
 from .distributed import Ranks, bare, copyable, describe, is_dtensor
 from .history import History
+from .layers import members
 from .recorder import Recorder
 from .window import Window
 
@@ -190,18 +191,10 @@ class Engine:
         params = self.params if self._plain else map(bare, self.params)
         return list(map(Tensor.data_ptr, params)) != self._addresses  # of another dtype, it lies elsewhere
 
-    def members(self) -> dict[str, set[int]]:
-        """Which parameters each layer has, by `id`."""
-        found: dict[str, set[int]] = {name: set() for name in self.layer_names}
-        for slot in self.slots:
-            if slot.home >= 0:
-                found[self.layer_names[slot.home]].add(id(slot.outer))
-        return found
-
-    def drop_spoiled(self, members: Mapping[str, set[int]] | None = None) -> None:
+    def drop_spoiled(self, now: Mapping[str, set[int]] | None = None) -> None:
         """Forget previous gradients that have been written to, or whose state has been taken away: whoever
-        goes on from the states cannot tell. And those of layers that have other `members` from now on. What
-        is left can be copied and saved.
+        goes on from the states cannot tell. And those of layers that are not made of the same parameters
+        `now` (:func:`oscopt.layers.members`). What is left can be copied and saved.
         """
         if self._recorder is not None:
             for i in self._recorder.unknown():  # graphs write to what is kept of them: it stays
@@ -215,9 +208,9 @@ class Engine:
             elif slot.state is not None and slot.state is not state:
                 if not state.keys() >= slot.state.keys() & {PREVIOUS}:
                     layers.add(slot.home)
-        if members is not None:
-            before = self.members()
-            layers |= {i for i, name in enumerate(self.layer_names) if before[name] != members.get(name)}
+        if now is not None:
+            before = members((self.layer_names[s.home], s.outer) for s in self.slots if s.home >= 0)
+            layers |= {i for i, name in enumerate(self.layer_names) if before[name] != now.get(name)}
         self._forget(layers)
         if not self._plain:
             for slot in self.slots:

@@ -16,7 +16,7 @@ from .distributed import Ranks, bare
 from .engine import COPIED, PREVIOUS, Engine, Reshaped, check_settings, skipped
 from .history import History
 from .kernels import capturing
-from .layers import Layers, Listing, assign
+from .layers import Layers, Listing, assign, members
 from .recorder import Recorder, one_device
 from .window import Window
 
@@ -109,8 +109,8 @@ class OscMonitor:
         self._before: list[Tensor] | None = None  # the parameters before this step
         self._buffers: list[list[Tensor]] = []  # copies of the parameters, in turn
         self._hooks = [
-            optimizer.register_step_pre_hook(self._guarded(self._before_step)),
-            optimizer.register_step_post_hook(self._guarded(self._after_step)),
+            optimizer.register_step_pre_hook(_Hook(self, self._before_step, after=False)),
+            optimizer.register_step_post_hook(_Hook(self, self._after_step, after=True)),
         ]
 
     # ---- what users read ---------------------------------------------------------------------------------
@@ -160,9 +160,6 @@ class OscMonitor:
         return self._engines[what]
 
     # ---- measuring ---------------------------------------------------------------------------------------
-
-    def _guarded(self, hook: Callable[..., None]) -> _Hook:
-        return _Hook(self, hook)
 
     def _give_up(self, error: Exception, after: bool) -> None:
         """A step could not be measured: a row of NaN in its place, one warning."""
@@ -286,10 +283,7 @@ class OscMonitor:
     def _renew(self, what: str, edited: bool = False) -> None:
         """Make a new engine, of the parameters as they are now; `edited`: they are other ones."""
         engine = self._engines[what]
-        members: dict[str, set[int]] = {}
-        for name, p in zip(self._held, self._listed, strict=True):
-            members.setdefault(self._layers[name], set()).add(id(p))
-        engine.drop_spoiled(members)
+        engine.drop_spoiled(members((self._layers[name], self._named[name]) for name in self._held))
         if edited:
             for p in self._states[what].keys() - set(self._listed):
                 del self._states[what][p]
@@ -410,17 +404,17 @@ class OscMonitor:
 
 
 class _Hook:
-    """A hook that never ends the training."""
+    """A hook, before or after the step, that never ends the training."""
 
-    def __init__(self, monitor: OscMonitor, hook: Callable[..., None]) -> None:
+    def __init__(self, monitor: OscMonitor, hook: Callable[..., None], after: bool) -> None:
         self.monitor = monitor
-        self._hook = hook
+        self._hook, self._after = hook, after
 
     def __call__(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         try:
             self._hook(optimizer, args, kwargs)
         except Exception as error:
-            self.monitor._give_up(error, after=self._hook.__name__ == "_after_step")
+            self.monitor._give_up(error, self._after)
 
 
 def _hooked(optimizer: Any) -> Optimizer:

@@ -20,7 +20,7 @@ from .distributed import Ranks, bare
 from .engine import COPIED, PREVIOUS, Engine, Reshaped, backend_for, check_settings, no_correlation, skipped
 from .history import History
 from .kernels import capturing
-from .layers import Layers, Listing, assign, follow
+from .layers import Layers, Listing, assign, follow, members
 from .recorder import Recorder, one_device
 from .window import Window
 
@@ -463,7 +463,7 @@ class OscGD(Optimizer):
         """
         names = follow(self.param_groups, self._names)
         if self._engine is not None:
-            self._engine.drop_spoiled(self._members(names))
+            self._engine.drop_spoiled(members((self._layer(name), p) for p, name in names.items()))
             self._windows, self._engine = self._engine.windows, None
         for p in self._names.keys() - names.keys():
             if p in self.state:
@@ -563,15 +563,6 @@ class OscGD(Optimizer):
             asked = given and (not isinstance(self._layers, Mapping) or name in self._layers)
             self._assigned[name] = assign([name], self._layers, whole=False)[0] if asked else name
         return self._assigned[name]
-
-    def _members(self, names: dict[Tensor, str]) -> dict[str, set[int]]:
-        """Which parameters each layer has, by `id`."""
-        found: dict[str, set[int]] = {}
-        for p, name in names.items():
-            layer = self._layer(name)
-            if layer is not None and not is_lazy(p):
-                found.setdefault(layer, set()).add(id(p))
-        return found
 
     def _ensure_engine(self) -> Engine:
         """The engine of the parameters as they are now."""

@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
+GUIDE = ROOT / "docs" / "guide.md"
 SNIPPET = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```python\n(?P<code>.*?)```", re.S)
 
 

@@ -423,11 +423,12 @@ def _hooked(optimizer: Any) -> Optimizer:
     Raises:
         TypeError: there is none.
     """
-    inner = optimizer
+    inner, seen = optimizer, []
     while "_optimizer_step_post_hooks" not in getattr(inner, "__dict__", {}):
+        seen.append(inner)
         held = getattr(inner, "__dict__", {})
         inner = next((x for x in held.values() if isinstance(x, Optimizer)), held.get("optimizer"))
-        if inner is None:
+        if inner is None or any(inner is x for x in seen):
             raise TypeError(
                 f"optimizer is {type(optimizer).__name__}, which is no torch.optim.Optimizer and holds none; "
                 "pass the one that updates the parameters"
@@ -442,7 +443,7 @@ def _rate(group: Mapping[str, Any]) -> float | Tensor:
         return lr if lr.numel() == 1 else math.nan
     try:
         return float(lr)
-    except (TypeError, ValueError):
+    except Exception:  # an object of any library's: its conversion may raise anything
         return math.nan
 
 

@@ -332,7 +332,14 @@ def test_all_parameters_leave():
     assert np.isfinite(monitor.history.correlation()[-1]).all()
 
 
-@pytest.mark.parametrize("lr", [None, "adaptive", object()], ids=str)
+class Unconvertible:
+    def __float__(self):
+        raise RuntimeError("no number")
+
+
+@pytest.mark.parametrize(
+    "lr", [None, "adaptive", object(), 10**400, Unconvertible()], ids=lambda v: type(v).__name__
+)
 def test_a_rate_that_is_no_number(lr):
     class Own(torch.optim.SGD):
         @torch.no_grad()
@@ -364,6 +371,10 @@ def test_a_wrapper_that_only_forwards():
     params, named = pieces()
     with pytest.raises(TypeError, match="Wrapper, which is no torch.optim.Optimizer and holds none"):
         OscMonitor(Wrapper(None), named)
+    one, other = Wrapper(None), Wrapper(None)
+    one.optimizer, other.optimizer = other, one
+    with pytest.raises(TypeError, match="Wrapper, which is no torch.optim.Optimizer and holds none"):
+        OscMonitor(one, named)
     optimizer = Wrapper(Wrapper(torch.optim.SGD(params, lr=0.1)))
     monitor = OscMonitor(optimizer, named)
     steps(optimizer, params, 2)

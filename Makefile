@@ -1,8 +1,9 @@
 # Two commands do everything on a fresh machine with Python 3.11+: `make demo` and `make test`.
+# `make check` is the quick part of the tests; `make test-oldest` runs the core's on the oldest versions supported.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test check test-oldest lint clean
 
 demo: .venv/bench
 	$(BIN)/python benchmarks/run.py --model resnet34 --out runs/demo --overwrite
@@ -10,12 +11,18 @@ demo: .venv/bench
 test: .venv/test lint
 	$(BIN)/python -m pytest
 
+check: .venv/test lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-oldest: .venv-oldest/test
+	.venv-oldest/bin/python -m pytest tests/oscopt tests/kernels
+
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("oscopt needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
@@ -28,4 +35,9 @@ $(BIN)/python:
 
 .venv/test: setup.py pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+.venv-oldest/test: setup.py pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q -c tests/oldest.txt -e '.[test]'
 	touch $@

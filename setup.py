@@ -36,6 +36,7 @@ setup(
         "test": [
             *cpu,
             *bench,
+            *integrations,
             "pytest>=8",
             "pytest-timeout",
             "hypothesis>=6.100",

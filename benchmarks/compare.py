@@ -18,28 +18,40 @@ import csv
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from run import machine
 
-from study.cli import Parser, exit_code, integers, positive
+from study.cli import (
+    Parser,
+    exit_code,
+    filled,
+    integers,
+    name_list,
+    positive,
+    script,
+    threads,
+    writable_folder,
+)
 
 QUICK = "the quick tasks with one seed, in some minutes"
 
 
 def parser() -> Parser:
     p = Parser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", metavar="TASK,...", help="tasks (default: all)")
+    p.add_argument("--only", type=name_list, metavar="TASK,...", help="tasks (default: all)")
     p.add_argument(
-        "--contenders", metavar="NAME,...", help="gd and these (default: all); 'auto': from all rates"
+        "--contenders",
+        type=name_list,
+        metavar="NAME,...",
+        help="gd and these (default: all); 'auto': from all rates",
     )
     p.add_argument("--seeds", type=integers, metavar="N,...", help="default: 0,1,2,3,4")
     p.add_argument("--batch", type=positive(int), metavar="N", help="samples in a step (default: all)")
-    p.add_argument("--data-root", metavar="DIR", help="where Fashion-MNIST is (default: data)")
-    p.add_argument("--threads", type=positive(int), default=1, metavar="N", help="default: %(default)s")
+    p.add_argument("--data-root", type=filled, metavar="DIR", help="where Fashion-MNIST is (default: data)")
+    p.add_argument("--threads", type=threads, default=1, metavar="N", help="default: %(default)s")
     p.add_argument("--quick", action="store_true", help=QUICK)
-    p.add_argument("--out", default="runs/compare", metavar="DIR", help="default: %(default)s")
+    p.add_argument("--out", type=filled, default="runs/compare", metavar="DIR", help="default: %(default)s")
     return p
 
 
@@ -55,7 +67,7 @@ def chosen_tasks(options: argparse.Namespace) -> list:
 
     there = tasks(options.batch is not None, options.data_root)
     if options.only is not None:
-        names = list(dict.fromkeys(options.only.split(",")))
+        names = options.only
         if unknown := [name for name in names if name not in tasks()]:
             raise UserError(f"--only: unknown task {unknown[0]!r}; there are {', '.join(tasks())}")
         if without := [name for name in names if name not in there]:
@@ -88,7 +100,7 @@ def chosen_contenders(options: argparse.Namespace) -> list:
         print(f"left out, not installed: {', '.join(absent)} (pip install 'oscopt[compare]')")
     if options.contenders is None:
         return found
-    names = options.contenders.split(",")
+    names = options.contenders
     known = {name for c in found for name in (c.name, c.name.split()[0])}
     if unknown := [name for name in names if name not in known]:
         raise UserError(
@@ -182,8 +194,7 @@ class Race:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    return exit_code(lambda: _run(options), f"interrupted; finished runs are in {options.out}/compare.csv")
+    return exit_code(lambda: _run(parser().parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -195,9 +206,8 @@ def _run(options: argparse.Namespace) -> int:
 
     tasks = chosen_tasks(options)
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2, 3, 4])
-    out = Path(options.out)
+    out = writable_folder("--out", options.out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         results = Results(out / "compare.csv")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
@@ -225,4 +235,4 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script(main, "interrupted; finished runs are in compare.csv"))

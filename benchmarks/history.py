@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import time
 
-import numpy as np
-import torch
-
-from oscopt import History
+from study.cli import Parser, exit_code, filled, positive, script, writable_folder
+from study.errors import UserError
 
 
 def resident() -> float:
@@ -24,34 +23,62 @@ def resident() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, default=100_000)
-    p.add_argument("--layers", type=int, default=300)
-    p.add_argument("--limit", type=int, default=16_384, help="steps that the History holds")
-    p.add_argument("--folder", help="stream every step there as well")
-    options = p.parse_args()
-    history = History(limit=options.limit)
+def parser() -> Parser:
+    p = Parser(prog="history.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--steps", type=positive(int), default=100_000, help="default: %(default)s")
+    p.add_argument("--layers", type=positive(int, 10**6), default=300, help="default: %(default)s")
+    p.add_argument(
+        "--limit",
+        type=positive(int),
+        default=16_384,
+        help="steps that the History holds (default: %(default)s)",
+    )
+    p.add_argument("--folder", type=filled, metavar="DIR", help="stream every step there as well")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(lambda: _main(parser().parse_args(arguments)))
+
+
+def _main(options: argparse.Namespace) -> int:
+    import numpy as np
+    import torch
+
+    from oscopt import History
+    from oscopt.history import RECORDED
+    from study import memory
+
+    held = min(options.steps, options.limit) * options.layers * 8 * (len(RECORDED) + 2)
+    memory.check(held, "the record", "--layers or --limit")
+    try:
+        history = History(limit=options.limit)
+    except ValueError as error:
+        raise UserError(f"--limit {options.limit}: {error}") from None
     history.add_layers([f"layer{i}" for i in range(options.layers)])
-    if options.folder:
+    if options.folder is not None:
+        if any(writable_folder("--folder", options.folder).iterdir()):
+            raise UserError(f"--folder {options.folder}: it is not empty; give another one")
         history.stream_to(options.folder)
-    sums = torch.rand((5, options.layers), dtype=torch.float64)
+    sums = torch.rand((len(RECORDED), options.layers), dtype=torch.float64)
     device = torch.device("cpu")
     print(f"{'steps':>9} {'us a step':>10} {'longest ms':>10} {'held':>7} {'MiB':>7}")
-    tenth = max(1, options.steps // 10)
+    tenth = -(-options.steps // 10)
     for start in range(0, options.steps, tenth):
-        times = []
-        for t in range(start, start + tenth):
+        times, end = [], min(start + tenth, options.steps)
+        for t in range(start, end):
             lr = np.full(options.layers, 0.1 / (1 + t))  # changes in every step: the costly case
             begin = time.perf_counter()
             history.next_row(device).copy_(sums)
             history.commit(t, lr, lr)
             times.append(time.perf_counter() - begin)
         print(
-            f"{start + tenth:9,} {np.median(times) * 1e6:10.1f} {max(times) * 1e3:10.1f} {len(history):7,} "
+            f"{end:9,} {np.median(times) * 1e6:10.1f} {max(times) * 1e3:10.1f} {len(history):7,} "
             f"{resident():7.0f}"
         )
+    history.flush()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script(main))

@@ -16,13 +16,23 @@ import importlib.metadata
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from run import machine
 
-from study.cli import Parser, check_device, exit_code, positive
+from study.cli import (
+    Parser,
+    check_device,
+    exit_code,
+    filled,
+    name_list,
+    positive,
+    script,
+    threads,
+    writable_folder,
+)
 
 COLUMNS = (
     "date device threads cold torch triton numba oscopt set tensors elements dtype contender rounds "
@@ -47,19 +57,22 @@ def parser() -> Parser:
         help=f"flat sizes, ELEMENTS or ELEMENTSxTENSORS (alone: {' '.join(SWEEP)}, on a GPU 1e9 too)",
     )
     p.add_argument("--dtype", choices=DTYPES, default="float32")
-    p.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
-    p.add_argument(
-        "--threads", nargs="+", type=positive(int), metavar="N", help="of the CPU (default: torch's)"
-    )
+    p.add_argument("--device", type=filled, help="default: cuda where there is a GPU, else cpu")
+    p.add_argument("--threads", nargs="+", type=threads, metavar="N", help="of the CPU (default: torch's)")
     p.add_argument("--seconds", type=positive(float), help="for each set (default: 30)")
     p.add_argument(
-        "--contenders", metavar="NAME,...", help="these, and what they are compared to (default: all)"
+        "--contenders",
+        type=name_list,
+        metavar="NAME,...",
+        help="these, and what they are compared to (default: all)",
     )
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     p.add_argument("--cold", action="store_true", help="empty the caches before each step, as training does")
-    p.add_argument("--markdown", metavar="CSV", help="print the tables of such a file, and do nothing else")
+    p.add_argument(
+        "--markdown", type=filled, metavar="CSV", help="print the tables of such a file, and do nothing else"
+    )
     p.add_argument("--quick", action="store_true", help="resnet34 only, without torch.compile, in a minute")
-    p.add_argument("--out", default="runs/kernels", metavar="DIR", help="default: %(default)s")
+    p.add_argument("--out", type=filled, default="runs/kernels", metavar="DIR", help="default: %(default)s")
     return p
 
 
@@ -98,7 +111,7 @@ def chosen_contenders(options: argparse.Namespace, names: list[str]) -> list:
     found = {c.name: c for c in contenders(names, compiled=not (options.quick or options.no_compile))}
     if options.contenders is None:
         return list(found.values())
-    wanted = options.contenders.split(",")
+    wanted = list(options.contenders)
     if unknown := [name for name in wanted if name not in found]:
         raise UserError(f"--contenders: there is no {unknown[0]!r}; there are {', '.join(found)}")
     wanted += [CEILING, BASE, *(found[name].base for name in wanted)]
@@ -155,6 +168,20 @@ def rows_of(timings: Sequence, what, dtype: str, about: dict[str, Any]) -> list[
     return rows
 
 
+def check_columns(path: Path) -> None:
+    """Raise if rows cannot be added to the file, if there is one.
+
+    Raises:
+        UserError: it has other columns.
+    """
+    from study.errors import UserError
+
+    if path.exists():
+        with open(path, newline="", errors="replace") as file:
+            if next(csv.reader(file), None) != COLUMNS:
+                raise UserError(f"--out: {path} has other columns; give another folder, or move it away")
+
+
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Add `rows` to the CSV file, which begins with its header."""
     new = not path.exists()
@@ -195,43 +222,45 @@ def print_markdown(path: Path) -> None:
 
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        groups: dict[tuple[str, ...], dict[str, dict[str, dict[str, str]]]] = {}
-        for row in rows:
-            key = tuple(row[name] for name in ("set", "tensors", "elements", "dtype", "cold", "device"))
-            groups.setdefault(key, {}).setdefault(row["contender"], {})[row["threads"]] = row
-    except (OSError, KeyError, UnicodeDecodeError) as error:
+            tables = "\n".join(_tables(csv.DictReader(file)))
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"--markdown {path}: it is no kernels.csv ({error})") from None
+    print(tables)
+
+
+def _tables(rows: Iterable[dict[str, str]]) -> Iterator[str]:
+    groups: dict[tuple[str, ...], dict[str, dict[str, dict[str, str]]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("set", "tensors", "elements", "dtype", "cold", "device"))
+        groups.setdefault(key, {}).setdefault(row["contender"], {})[row["threads"]] = row
     for (name, tensors, elements, dtype, cold, device), contenders in groups.items():
         threads = sorted({count for by_threads in contenders.values() for count in by_threads})
         row = next(iter(next(iter(contenders.values())).values()))
         start = ", caches emptied before each step" if cold == "True" else ""
-        print(
-            f"\n**{name}**: {int(elements):,} parameters in {int(tensors):,} tensors, {dtype}{start}; ",
-            end="",
+        yield (
+            f"\n**{name}**: {int(elements):,} parameters in {int(tensors):,} tensors, {dtype}{start}; "
+            f"{device}, torch {row['torch']}, {row['date'][:10]}\n"
         )
-        print(f"{device}, torch {row['torch']}, {row['date'][:10]}\n")
         columns = [f"ms, {n} threads | ratio" if n else "ms | ratio" for n in threads]
-        print("| contender | bytes | " + " | ".join(columns) + " | % of a copy's GB/s |")
-        print("|---|---|" + "---|---|" * len(threads) + "---|")
+        yield "| contender | bytes | " + " | ".join(columns) + " | % of a copy's GB/s |"
+        yield "|---|---|" + "---|---|" * len(threads) + "---|"
         for contender, by_threads in contenders.items():
             of = [by_threads.get(n) for n in threads]
             cells = [f"{float(r['median_ms']):.2f} | {float(r['ratio']):.2f}" if r else "|" for r in of]
             percent = ", ".join(f"{float(r['percent_of_copy']):.0f}" for r in of if r)
             size = float(next(r for r in of if r)["bytes_per_parameter"])
-            print(f"| {contender} | {size:g} | " + " | ".join(cells) + f" | {percent} |")
+            yield f"| {contender} | {size:g} | " + " | ".join(cells) + f" | {percent} |"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    return exit_code(lambda: _run(options), f"interrupted; finished sets are in {options.out}/kernels.csv")
+    return exit_code(lambda: _run(parser().parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> int:
     import torch
 
     from micro import contenders, plot, timing
-    from study.errors import UserError
+    from study import memory
 
     if options.markdown:
         print_markdown(Path(options.markdown))
@@ -243,15 +272,18 @@ def _run(options: argparse.Namespace) -> int:
     sets = chosen_sets(options, device.type == "cuda")
     chosen = chosen_contenders(options, backends(device))
     seconds = options.seconds or (QUICK["seconds"] if options.quick else 30.0)
-    out = Path(options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
+    out = writable_folder("--out", options.out)
+    check_columns(out / "kernels.csv")
     here = machine()
     about = {"date": here["date"], "cold": options.cold}
     about |= {name: version(name) for name in ("torch", "triton", "numba", "oscopt")}
     about["device"] = here["gpu"] if device.type == "cuda" else f"{here['processor']} ({here['cores']} cores)"
+    if any("numba" in c.name for c in chosen):
+        from oscopt.kernels import numba_backend
+
+        form = numba_backend.FORM
+        prefetched = f"prefetched {form.ahead} bytes ahead" if form.ahead else "not prefetched"
+        print(f"CPU kernel for {numba_backend.PROCESSOR}: parts of {form.part} bytes, {prefetched}")
     dtype, rows = getattr(torch, options.dtype), []
     threads = [""] if device.type == "cuda" else options.threads or [torch.get_num_threads()]
     for count in threads:
@@ -264,7 +296,7 @@ def _run(options: argparse.Namespace) -> int:
                 flush=True,
             )
             needed = timing.bytes_needed(what.elements, dtype.itemsize, chosen)
-            if needed > 0.9 * (free := timing.bytes_free(device)):
+            if needed > 0.9 * (free := memory.free(device)):
                 print(
                     f"skipped: it needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
                 )
@@ -287,4 +319,4 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script(main, "interrupted; finished sets are in kernels.csv"))

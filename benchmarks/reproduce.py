@@ -26,8 +26,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from study.cli import Parser, integers, positive
-from study.config import Config
+from study.cli import (
+    Parser,
+    check_device,
+    check_folder,
+    exit_code,
+    filled,
+    integers,
+    name_list,
+    positive,
+    script,
+    threads,
+)
+from study.config import LARGEST, PRESETS, Config
 from study.errors import UserError
 from study.experiments import TABLE, Row, check_experiments, run_of
 
@@ -37,17 +48,28 @@ _MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
 
 def parser() -> Parser:
     p = Parser(prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", metavar="IDS", help=f"experiments, by commas (default: all): {', '.join(TABLE)}")
-    p.add_argument("--preset", choices=("small", "paper"), help="default: paper with a GPU, else small")
+    p.add_argument(
+        "--only",
+        type=name_list,
+        metavar="IDS",
+        help=f"experiments, by commas (default: all): {', '.join(TABLE)}",
+    )
+    p.add_argument("--preset", choices=PRESETS, help="default: paper with a GPU, else small")
     p.add_argument("--seeds", type=integers, default=[0], metavar="0,1,...", help="default: 0")
-    p.add_argument("--epochs", type=positive(int), metavar="N", help="of each run, to try things out")
+    p.add_argument(
+        "--epochs", type=positive(int, LARGEST["epochs"]), metavar="N", help="of each run, to try things out"
+    )
     p.add_argument("--jobs", type=positive(int), default=1, metavar="N", help="runs at a time (default: 1)")
-    p.add_argument("--threads", type=positive(int), help="of each run (default: the cores over --jobs)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    p.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: data)")
-    p.add_argument("--out", metavar="DIR", help="folder of all runs (default: runs/reproduce-PRESET)")
+    p.add_argument("--threads", type=threads, help="of each run (default: the cores over --jobs)")
+    p.add_argument("--device", type=filled, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    p.add_argument("--data-root", type=filled, metavar="DIR", help="folder of the datasets (default: data)")
+    p.add_argument(
+        "--out", type=filled, metavar="DIR", help="folder of all runs (default: runs/reproduce-PRESET)"
+    )
     p.add_argument("--overwrite", action="store_true", help="make all runs anew")
-    p.add_argument("--markdown", metavar="FILE", help="also put the table into this file, between its marks")
+    p.add_argument(
+        "--markdown", type=filled, metavar="FILE", help="also put the table into this file, between its marks"
+    )
     return p
 
 
@@ -111,7 +133,7 @@ class Job:
 
 def plan(options: argparse.Namespace, preset: str, device: str, out: Path) -> tuple[list[Row], dict]:
     """The rows asked for; the jobs by (row of the run, seed), those that they are compared with included."""
-    rows = check_experiments(options.only.split(",")) if options.only else list(TABLE.values())
+    rows = check_experiments(options.only) if options.only else list(TABLE.values())
     rows = sorted(set(rows), key=list(TABLE.values()).index)
     needed = [run_of(row, preset) for row in rows]
     needed += [run_of(TABLE[row.beside], preset) for row in rows if row.beside]
@@ -290,6 +312,7 @@ def show(outcomes: Sequence) -> None:
 
 def link_pages(jobs: Sequence[Job]) -> None:
     """Let every run's page lead to all runs, and to the same run with other seeds."""
+    from oscopt import atomic
     from study.report import link
 
     for job in jobs:
@@ -299,57 +322,78 @@ def link_pages(jobs: Sequence[Job]) -> None:
         seeds = [other for other in jobs if other.row == job.row and other != job]
         links = [("all runs", "../report.html")]
         links += [(f"seed {j.config.seed}", f"../{j.path.name}/report.html") for j in seeds]
-        whole = page.with_name(".report.html.part")
-        whole.write_text(link(page.read_text(), links))
-        os.replace(whole, page)
+        linked = link(page.read_text(), links)
+        with atomic.writing(page, "w") as file:
+            file.write(linked)
 
 
-def put_between_marks(file: str, text: str) -> None:
-    """Replace what is between the marks in `file`, or append both.
+class Markdown:
+    """A file that has a table between its marks.
+
+    Args:
+        file: its path; it is created if only its folder is there.
 
     Raises:
-        UserError: the file cannot be read or written.
+        UserError: it cannot be read or written.
     """
-    try:
-        path = Path(file)
-        old = path.read_text() if path.exists() else ""
+
+    def __init__(self, file: str) -> None:
+        self._path = Path(file)
+        try:
+            self._read()
+        except OSError as error:
+            raise UserError(f"--markdown {file}: {error.strerror}; give a file that can be written") from None
+        except UnicodeDecodeError:
+            raise UserError(f"--markdown {file}: it is no text; give a Markdown file") from None
+        folder = self._path.parent
+        if not os.access(self._path if self._path.exists() else folder, os.W_OK) or not folder.is_dir():
+            raise UserError(f"--markdown {file}: it cannot be written; give a file in a folder that is there")
+
+    def _read(self) -> str:
+        return self._path.read_text() if self._path.exists() else ""
+
+    def put(self, text: str) -> None:
+        """Replace what is between the marks by `text`, or append both."""
+        from oscopt import atomic
+
         block = f"{_MARKS[0]}\n\n{text}\n{_MARKS[1]}"
         pattern = re.compile(f"{re.escape(_MARKS[0])}.*{re.escape(_MARKS[1])}", re.DOTALL)
+        old = self._read()  # anew: it may have been edited while the runs were made
         new = pattern.sub(lambda _: block, old) if pattern.search(old) else f"{old}{block}\n"
-        path.write_text(new)
-    except OSError as error:
-        raise UserError(f"--markdown {file}: {error.strerror}") from None
+        with atomic.writing(self._path, "w") as file:
+            file.write(new)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    root = None
+    return exit_code(lambda: _main(parser().parse_args(arguments)))
+
+
+def _main(options: argparse.Namespace) -> int:
+    if options.only:
+        check_experiments(options.only)
+    check_folder("--data-root", options.data_root)
+    target = None if options.markdown is None else Markdown(options.markdown)
+    import torch
+
+    from study.folder import Folder
+
+    gpu = torch.cuda.is_available()
+    preset = options.preset or ("paper" if gpu else "small")
+    device = options.device or ("cuda" if gpu else "cpu")
+    check_device(device)
+    out = Path(options.out or f"runs/reproduce-{preset}")
+    rows, jobs = plan(options, preset, device, out)
+    root = Folder(out)
     try:
-        if options.only:
-            check_experiments(options.only.split(","))
-        import torch
-
-        from study.folder import Folder
-
-        gpu = torch.cuda.is_available()
-        preset = options.preset or ("paper" if gpu else "small")
-        device = options.device or ("cuda" if gpu else "cpu")
-        out = Path(options.out or f"runs/reproduce-{preset}")
-        rows, jobs = plan(options, preset, device, out)
-        root = Folder(out)
-        return _reproduce(options, preset, rows, jobs, root)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _reproduce(options, preset, rows, jobs, root, target)
     finally:
-        if root is not None:
-            root.close()
+        root.close()
 
 
-def _reproduce(options: argparse.Namespace, preset: str, rows: list[Row], jobs: dict, root) -> int:
+def _reproduce(options: argparse.Namespace, preset: str, rows: list[Row], jobs: dict, root, target) -> int:
     from study import report
     from study.results import as_json
 
@@ -377,8 +421,8 @@ def _reproduce(options: argparse.Namespace, preset: str, rows: list[Row], jobs: 
     with root.writing("report.html") as file:
         file.write(report.index_page(f"Gradient oscillation: {len(rows)} experiments", lines, outcomes))
     link_pages(list(jobs.values()))
-    if options.markdown and not runner.caught:
-        put_between_marks(options.markdown, text)
+    if target is not None and not runner.caught:
+        target.put(text)
     show(outcomes)
     print(f"files: {root.path}/report.html, results.json, results.md")
     if runner.caught:
@@ -391,4 +435,4 @@ def _reproduce(options: argparse.Namespace, preset: str, rows: list[Row], jobs: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script(main, "interrupted; repeat the command to go on"))

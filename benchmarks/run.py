@@ -24,15 +24,27 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from study.cli import Parser, check_device, integer, positive
-from study.config import Config
+from study.cli import (
+    Parser,
+    check_device,
+    check_folder,
+    check_threads,
+    exit_code,
+    filled,
+    integer,
+    name_list,
+    positive,
+    script,
+    threads,
+)
+from study.config import DATASETS, LARGEST, LAYERS, MODELS, OPTIMIZERS, PRECISIONS, PRESETS, Config
 from study.errors import Diverged, Interrupted, UserError
 from study.experiments import DEFAULT_ROW, LR_OF, TABLE, check_experiments
 
-MODELS = tuple(DEFAULT_ROW)
-DATASETS = ("mnist5k", "digits", "mnist", "fashion-mnist", "cifar10", "svhn")
-PRESETS = ("small", "paper")
-PRECISIONS = ("fp32", "tf32", "bf16")
+
+def setting(name: str):
+    """The type of an option that is a whole number among the settings."""
+    return positive(int, LARGEST[name])
 
 
 def parser() -> Parser:
@@ -43,31 +55,47 @@ def parser() -> Parser:
     what.add_argument("--preset", choices=PRESETS, help="default: paper with a GPU, else small")
     settings = p.add_argument_group("settings, instead of the preset's")
     settings.add_argument("--dataset", choices=DATASETS)
-    settings.add_argument("--optimizer", choices=tuple(LR_OF))
+    settings.add_argument("--optimizer", choices=OPTIMIZERS)
     settings.add_argument("--lr", type=positive(float))
-    settings.add_argument("--epochs", type=positive(int))
-    settings.add_argument("--n-train", type=positive(int), metavar="N", help="pictures to train on")
-    settings.add_argument("--width", type=positive(int), help="channels of the first block")
-    settings.add_argument("--image-size", type=positive(int), metavar="PIXELS")
-    settings.add_argument("--micro-batch", type=positive(int), metavar="N", help="pictures at a time")
-    settings.add_argument("--layers", choices=("module", "parameter"))
+    settings.add_argument("--epochs", type=setting("epochs"))
+    settings.add_argument("--n-train", type=setting("n_train"), metavar="N", help="pictures to train on")
+    settings.add_argument("--width", type=setting("width"), help="channels of the first block")
+    settings.add_argument("--image-size", type=setting("image_size"), metavar="PIXELS")
+    settings.add_argument(
+        "--micro-batch",
+        type=setting("micro_batch"),
+        metavar="N",
+        help="pictures at a time, at most: all parts are of one size, or differ by one picture",
+    )
+    settings.add_argument("--layers", choices=LAYERS)
     settings.add_argument("--seed", type=integer)
-    settings.add_argument("--device", help="cpu, cuda, cuda:1, ...")
-    settings.add_argument("--threads", type=positive(int), help="of the CPU")
+    settings.add_argument("--device", type=filled, help="cpu, cuda, cuda:1, ...")
+    settings.add_argument("--threads", type=threads, help="of the CPU")
     exact = settings.add_mutually_exclusive_group()
     exact.add_argument("--precision", choices=PRECISIONS, help="default: fp32")
     for name in PRECISIONS[1:]:
         exact.add_argument(f"--{name}", dest="precision", action="store_const", const=name)
     settings.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
     settings.add_argument(
-        "--sharpness-every", type=positive(int), metavar="N", help="epochs between two Hessian eigenvalues"
+        "--sharpness-every",
+        type=setting("sharpness_every"),
+        metavar="N",
+        help="epochs between two Hessian eigenvalues",
     )
     judged = p.add_argument_group("how it is judged and drawn")
-    judged.add_argument("--claims", metavar="RULES", help="rules, by commas, instead of the experiment's")
-    judged.add_argument("--beside", metavar="DIR", help="folder of a finished run to compare with")
+    judged.add_argument(
+        "--claims", type=name_list, metavar="RULES", help="rules, by commas, instead of the experiment's"
+    )
+    judged.add_argument(
+        "--beside", type=filled, metavar="DIR", help="folder of a finished run to compare with"
+    )
     where = p.add_argument_group("where")
-    where.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: data)")
-    where.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/ID-DATASET-PRESET)")
+    where.add_argument(
+        "--data-root", type=filled, metavar="DIR", help="folder of the datasets (default: data)"
+    )
+    where.add_argument(
+        "--out", type=filled, metavar="DIR", help="folder of the run (default: runs/ID-DATASET-PRESET)"
+    )
     where.add_argument("--resume", action="store_true", help="go on with the run in --out")
     where.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     where.add_argument("--checkpoint-seconds", type=positive(float), default=30.0, metavar="S")
@@ -93,17 +121,25 @@ def configure(options: argparse.Namespace) -> Config:
     gpu = torch.cuda.is_available()
     preset = options.preset or ("paper" if gpu else "small")
     why = "as asked" if options.preset else f"there is {'a' if gpu else 'no'} GPU; --preset overrides it"
-    print(f"{row.id}: {row.model}, preset {preset} ({why})")
     device = options.device or ("cuda" if gpu else "cpu")
-    check_device(device)
     chosen = row.config(preset, device=device, threads=torch.get_num_threads())
     config = replace(chosen, **given(options) | {"epochs": chosen.epochs})
     if options.epochs is not None:
         config = config.with_epochs(options.epochs)
-    if config.optimizer != row.optimizer and options.lr is None and (lr := LR_OF[config.optimizer]):
-        print(f"learning rate {lr:g}, usual for {config.optimizer}; --lr overrides it")
-        config = replace(config, lr=lr)
+    usual = config.optimizer != row.optimizer and options.lr is None and LR_OF[config.optimizer]
+    if usual:
+        config = replace(config, lr=usual)
+    print(f"{row.id}: {row.model}, preset {preset} ({why}){changes(chosen, config)}")
+    if usual:
+        print(f"learning rate {usual:g}, usual for {config.optimizer}; --lr overrides it")
     return config
+
+
+def changes(preset: Config, config: Config) -> str:
+    """What of the numbers that `preset` gives is another in `config`, in words; where it runs is not told."""
+    names = [name for name in SETTINGS if name not in ("device", "threads")]
+    changed = [name for name in names if getattr(config, name) != getattr(preset, name)]
+    return f", changed: {', '.join(changed)}" if changed else ""
 
 
 def given(options: argparse.Namespace) -> dict[str, object]:
@@ -142,7 +178,7 @@ def _processor() -> str:
 
 def open_folder(options: argparse.Namespace):
     """The run's folder and settings; checks that the folder may be used so."""
-    from study.folder import CONFIG, Folder
+    from study.folder import Folder
 
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
@@ -159,9 +195,9 @@ def open_folder(options: argparse.Namespace):
     ours, theirs = asked.to_dict(), config.to_dict()
     if differing := [f"{key} ({theirs[key]}, now {ours[key]})" for key in ours if ours[key] != theirs[key]]:
         raise UserError(f"cannot resume {folder.path} with other settings: {', '.join(differing)}")
-    if not options.resume:
-        folder.clear()
-        folder.write_json(CONFIG, {"settings": config.to_dict(), "machine": machine()})
+    check_device(config.device)
+    check_threads(config.threads)
+    check_folder("--data-root", options.data_root)
     return folder, config
 
 
@@ -182,14 +218,14 @@ class Display:
         if now - self._last < self._interval and done < self._epochs:
             return
         self._last = now
-        speed = (done - self._first[1]) / (now - self._first[0]) if now > self._first[0] else float("nan")
-        left = (self._epochs - done) / speed if speed > 0 else float("nan")
-        mu = trainer.meter.global_correlation.item()
-        text = (
-            f"epoch {done}/{self._epochs}  loss {progress.loss[-1]:.4f}  "
-            f"accuracy {progress.accuracy[-1]:6.1%}  "
-            f"correlation {mu:+.3f}  {speed:.2f} epochs/s  {_duration(left)} left"
-        )
+        text = f"epoch {done}/{self._epochs}  loss {progress.loss[-1]:.4f}"
+        text += f"  accuracy {progress.accuracy[-1]:6.1%}"
+        if math.isfinite(mu := trainer.meter.global_correlation.item()):
+            text += f"  correlation {mu:+.3f}"
+        if done > self._first[1] and now > self._first[0]:  # not yet known in the first epoch
+            speed = (done - self._first[1]) / (now - self._first[0])
+            left = datetime.timedelta(seconds=round((self._epochs - done) / speed))
+            text += f"  {speed:.2f} epochs/s  {left} left"
         print(f"\r\x1b[2K{text}" if self._live else text, end="" if self._live else "\n", flush=True)
 
     def close(self) -> None:
@@ -197,14 +233,11 @@ class Display:
             print()
 
 
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    return str(datetime.timedelta(seconds=round(seconds)))
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    return exit_code(lambda: _main(parser().parse_args(arguments)))
+
+
+def _main(options: argparse.Namespace) -> int:
     from study import parallel
 
     ranks = parallel.start()
@@ -212,16 +245,10 @@ def main(arguments: list[str] | None = None) -> int:
         return follow(ranks, options)
     folder = None
     try:
-        options.claims = None if options.claims is None else check_claims(options.claims.split(","))
+        options.claims = None if options.claims is None else check_claims(options.claims)
         beside = None if options.beside is None else read_beside(options.beside)
         folder, config = open_folder(options)
         return _run(folder, config, options, beside, ranks)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the training began, or a second one
-        print("interrupted at once; the last checkpoint is whole", file=sys.stderr)
-        return 130
     finally:
         ranks.close()
         if folder is not None:
@@ -260,16 +287,19 @@ def read_beside(path: str):
 
 def _run(folder, config: Config, options: argparse.Namespace, beside, ranks) -> int:
     from study import results
+    from study.folder import CONFIG
     from study.train import Trainer, run
 
-    trainer, state = Trainer(config, options.data_root, ranks), None
+    trainer = Trainer(config, options.data_root, ranks)  # all errors of the input are raised here
+    state = None
     if options.resume:
-        state, note = folder.load_checkpoint()
+        state, note = folder.load_checkpoint(trainer.load_state_dict)
         if note:
             print(note, file=sys.stderr)
-        if state is not None:
-            trainer.load_state_dict(state)
         print(f"resuming {folder.path} at epoch {len(trainer.progress)}")
+    else:
+        folder.clear()
+        folder.write_json(CONFIG, {"settings": config.to_dict(), "machine": machine()})
     ranks.say((config, state))
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
@@ -308,6 +338,7 @@ def _run(folder, config: Config, options: argparse.Namespace, beside, ranks) -> 
 
 
 if __name__ == "__main__":
+    code = script(main, "interrupted at once; the last checkpoint is whole")
     from study.parallel import leave
 
-    leave(main())
+    leave(code)

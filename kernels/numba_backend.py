@@ -1,23 +1,27 @@
 """CPU: one parallel loop over chunks of all tensors, through a table of addresses, compiled once a dtype.
 
-A chunk is worked off in parts: ask for the memory of a part some way ahead (the processor's own prefetching
-stops at every page), sum (reads g_t, g_{t-1}), update (reads g_t again, from the cache; reads and writes the
-parameter), so memory is passed over once. What is done is decided at run time by the hyperparameters and by
-null addresses, so that nothing is compiled twice.
+A chunk is worked off in parts: prefetch a part some way ahead (the processor's own prefetching stops at every
+page), sum (reads g_t, g_{t-1}), update (reads g_t again, from the cache; reads and writes the parameter), so
+memory is passed over once. How large a part is and whether it is prefetched depends on the processor. What is
+done is decided at run time by the hyperparameters and by null addresses, so that nothing is compiled twice.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+import os
+import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_name
 from numba import njit, prange, types
-from numba.extending import intrinsic, overload
+from numba.core.event import Listener, install_listener
+from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from . import Tensors, addresses
@@ -25,9 +29,52 @@ from . import Tensors, addresses
 NAME = "numba"
 
 _CHUNK = 1 << 15  # elements: the unit of work that threads share
-_PART = 1 << 7  # elements: more make the requests for memory come in bursts
-_AHEAD = 1 << 11  # bytes from a part to the one that is asked for
+_LANES = 8  # elements that are worked on at once
 _SERIAL = 1 << 15  # elements in all below which waking other threads costs more than they save
+
+
+class Form(NamedTuple):
+    """How memory is passed over: it changes the speed of a step, never its bits."""
+
+    part: int
+    """Bytes of each array that are summed, then updated: a multiple of 64."""
+    ahead: int
+    """Bytes from a part to the one that is prefetched meanwhile; 0: none is."""
+
+
+# By LLVM's name of the processor; the measurements are in docs/performance.md. Prefetches of more lines at a
+# time than the processor can have in flight stall it.
+_FORMS = {
+    "znver1": Form(128, 1024),
+    "znver4": Form(2048, 0),
+    "sapphirerapids": Form(512, 2048),
+    "emeraldrapids": Form(512, 2048),
+}
+_UNKNOWN = Form(1024, 0)  # a compromise, the best on none of these
+
+
+def chosen_form(processor: str, wanted: str | None) -> Form:
+    """The form for `processor`, or `wanted`, "PART,AHEAD" in bytes (the environment's OSCOPT_CPU_FORM).
+
+    Raises:
+        ValueError: `wanted` is not two multiples of 64, the first positive.
+    """
+    if not wanted:
+        return _FORMS.get(processor, _UNKNOWN)
+    match = re.fullmatch(r"(\d{1,9}),(\d{1,9})", wanted)
+    part, ahead = map(int, match.groups()) if match else (0, 0)
+    if part == 0 or part % 64 or ahead % 64:
+        raise ValueError(
+            f"OSCOPT_CPU_FORM={wanted!r}: give PART,AHEAD in bytes, multiples of 64, such as 512,2048"
+        )
+    return Form(part, ahead)
+
+
+PROCESSOR = get_host_cpu_name()
+"""LLVM's name of it."""
+
+FORM = chosen_form(PROCESSOR, os.environ.get("OSCOPT_CPU_FORM"))
+"""What this process uses."""
 
 # The storage type that stands for a dtype in compiled code; half types travel as their bits.
 _STORAGE = {
@@ -51,9 +98,7 @@ class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
     def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of=None) -> None:
-        dtype = params[0].dtype
-        self._tag = np.zeros(1, _STORAGE[dtype])
-        self._itemsize = dtype.itemsize
+        self._tag = np.zeros(1, _STORAGE[params[0].dtype])
         self._params = params
         self._own = addresses(params)
         sizes = np.array([p.numel() for p in params], np.int64)
@@ -98,7 +143,8 @@ class Batch:
             self._start,
             self._stop,
             self._share(threads),
-            self._itemsize,
+            FORM.part,
+            FORM.ahead,
             self._tag,
             self._partials,
             self._layer_bounds,
@@ -126,135 +172,237 @@ def _addresses_of_some(tensors: Sequence[Tensor | None]) -> np.ndarray:
     return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
 
 
-_compiled: set = set()
+class _Announcement(Listener):
+    """Says, once, that a kernel is being compiled; numba tells of no event where it loads one from disk."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype, self._said = dtype, False
+
+    def on_start(self, event: object) -> None:
+        if not self._said:
+            self._said = True
+            text = "compiling oscopt's CPU kernel for %s: up to half a minute, once on this machine"
+            logging.getLogger("oscopt").warning(text, self._dtype)
+
+    def on_end(self, event: object) -> None:
+        """Nothing is to be said."""
+
+
+_called: set = set()
+
+
+def has_run() -> bool:
+    """Whether a kernel has run in this process, or in that of which it is a fork: OpenMP has threads then."""
+    return bool(_called)
 
 
 def _call(kernel, arguments, dtype: torch.dtype) -> None:
-    """Call `kernel`, saying so when it takes long because it is being compiled."""
-    key = (kernel, dtype)
-    if key in _compiled:
+    """Call `kernel`, saying so if it takes long because it is being compiled."""
+    if (kernel, dtype) in _called:
         kernel(*arguments)
         return
-    text = "compiling oscopt's CPU kernel for %s: some seconds, once on this machine (it is cached on disk)"
-    said = threading.Timer(1.0, logging.getLogger("oscopt").warning, (text, dtype))
-    said.daemon = True
-    said.start()
-    try:
+    with install_listener("numba:compile", _Announcement(dtype)):
         kernel(*arguments)
-    finally:
-        said.cancel()
-    _compiled.add(key)
+    _called.add((kernel, dtype))
 
 
 # ---- compiled code ---------------------------------------------------------------------------------------
 
-# Sums may be reordered and contracted; NaNs, infinities and signed zeros stay what they are. The update is
-# spelled out with fused multiply-adds where torch has them, so that it rounds as torch.optim.SGD does.
-_SUM = {"contract", "reassoc"}
+# Everything is spelled out in vectors with fused multiply-adds: the sums have the same bits in every form,
+# and the update rounds as torch.optim.SGD does.
+
+
+class _Vector(types.Type):
+    """`lanes` numbers of type `dtype`, float32 or float64, in a register."""
+
+    def __init__(self, dtype: types.Float, lanes: int) -> None:
+        self.dtype, self.lanes = dtype, lanes
+        super().__init__(f"Vector({dtype}, {lanes})")
+
+
+def _ir_type(vector: _Vector) -> ir.Type:
+    return ir.VectorType({32: ir.FloatType(), 64: ir.DoubleType()}[vector.dtype.bitwidth], vector.lanes)
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, kind) -> None:
+        super().__init__(manager, kind, _ir_type(kind))
+
+
+def _computed(tag: types.Array) -> types.Float:
+    """In what is computed with elements of the storage type of `tag`."""
+    return types.float64 if tag.dtype == types.float64 else types.float32
+
+
+def _raw_pointer(context, builder, address, tag, lanes):
+    raw = ir.VectorType(context.get_data_type(tag.dtype), lanes)
+    return builder.inttoptr(address, raw.as_pointer()), tag.dtype.bitwidth // 8
+
+
+def _splat(builder, value, vector):
+    """`value`, a number or already a vector, in every lane."""
+    if value.type == vector:
+        return value
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(one, one, lanes)
+
+
+@intrinsic
+def _scalar(typing_context, value, tag):
+    """The float64 `value` as the type in which elements are computed with."""
+
+    def generate(context, builder, signature, args):
+        return context.cast(builder, args[0], types.float64, signature.return_type)
+
+    return _computed(tag)(types.float64, tag), generate
+
+
+@intrinsic(prefer_literal=True)
+def _load(typing_context, address, tag, lanes):
+    """The values of the `lanes` elements at `address`."""
+    count = lanes.literal_value
+
+    def generate(context, builder, signature, args):
+        stored, out = signature.args[1].dtype, _ir_type(signature.return_type)
+        pointer, align = _raw_pointer(context, builder, args[0], signature.args[1], count)
+        raw = builder.load(pointer, align=align)
+        if stored == types.uint16:
+            bits = builder.zext(raw, ir.VectorType(ir.IntType(32), count))
+            return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * count)), out)
+        if stored == types.int16:
+            return builder.fpext(builder.bitcast(raw, ir.VectorType(ir.HalfType(), count)), out)
+        return raw
+
+    return _Vector(_computed(tag), count)(types.int64, tag, lanes), generate
+
+
+@intrinsic
+def _store(typing_context, address, tag, values):
+    """Write `values`, rounded to nearest even, to `address`."""
+
+    def generate(context, builder, signature, args):
+        stored, count = signature.args[1].dtype, signature.args[2].lanes
+        pointer, align = _raw_pointer(context, builder, args[0], signature.args[1], count)
+        raw = args[2]
+        if stored == types.uint16:
+            words = ir.VectorType(ir.IntType(32), count)
+
+            def constant(value):
+                return ir.Constant(words, [value] * count)
+
+            bits = builder.bitcast(raw, words)
+            odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+            rounded = builder.lshr(builder.add(builder.add(bits, constant(0x7FFF)), odd), constant(16))
+            nan = builder.fcmp_unordered("uno", raw, raw)
+            rounded = builder.select(nan, constant(0x7FC0), rounded)
+            raw = builder.trunc(rounded, ir.VectorType(ir.IntType(16), count))
+        elif stored == types.int16:
+            half = builder.fptrunc(raw, ir.VectorType(ir.HalfType(), count))
+            raw = builder.bitcast(half, ir.VectorType(ir.IntType(16), count))
+        builder.store(raw, pointer, align=align)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, tag, values), generate
+
+
+@intrinsic(prefer_literal=True)
+def _copy(typing_context, to, source, tag, lanes):
+    """Copy `lanes` elements."""
+
+    def generate(context, builder, signature, args):
+        count = signature.args[3].literal_value
+        of, align = _raw_pointer(context, builder, args[1], signature.args[2], count)
+        into, _ = _raw_pointer(context, builder, args[0], signature.args[2], count)
+        builder.store(builder.load(of, align=align), into, align=align)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, tag, lanes), generate
+
+
+@intrinsic
+def _itemsize(typing_context, tag):
+    """Bytes of an element, known to the compiler (an array's own itemsize is not)."""
+    size = tag.dtype.bitwidth // 8
+    return types.int64(tag), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), size)
+
+
+@intrinsic(prefer_literal=True)
+def _zeros(typing_context, lanes):
+    """float64."""
+    vector = _Vector(types.float64, lanes.literal_value)
+    return vector(lanes), lambda context, builder, signature, args: ir.Constant(_ir_type(vector), None)
+
+
+@intrinsic
+def _wide(typing_context, values):
+    """As float64."""
+    wide = _Vector(types.float64, values.lanes)
+
+    def generate(context, builder, signature, args):
+        return args[0] if values == wide else builder.fpext(args[0], _ir_type(wide))
+
+    return wide(values), generate
+
+
+@intrinsic
+def _subtract(typing_context, a, b):
+    return a(a, b), lambda context, builder, signature, args: builder.fsub(*args)
+
+
+@intrinsic
+def _multiply(typing_context, a, b):
+    """The scalar `a` times the vector `b`."""
+
+    def generate(context, builder, signature, args):
+        return builder.fmul(_splat(builder, args[0], args[1].type), args[1])
+
+    return b(b.dtype, b), generate
 
 
 @intrinsic
 def _fma(typing_context, a, b, c):
-    def generate(context, builder, signature, args):
-        return builder.fma(*args)
+    """a * b + c, rounded once; `a` a vector or a scalar."""
 
-    return a(a, a, a), generate
+    def generate(context, builder, signature, args):
+        vector = _ir_type(c)
+        name = f"llvm.fma.v{c.lanes}f{c.dtype.bitwidth}"
+        function = builder.module.declare_intrinsic(name, (), ir.FunctionType(vector, [vector] * 3))
+        return builder.call(function, [_splat(builder, args[0], vector), *args[1:]])
+
+    return c(a if isinstance(a, _Vector) else c.dtype, b, c), generate
 
 
 @intrinsic
-def _pointer(typing_context, address, tag):
-    """`address` (int64) as a pointer to elements of the array `tag`."""
+def _where(typing_context, condition, a, b):
+    """The vector `a` if `condition`, else `b`, without a branch."""
 
     def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        return builder.select(_splat(builder, args[0], ir.VectorType(ir.IntType(1), a.lanes)), *args[1:])
 
-    return types.CPointer(tag.dtype)(address, tag), generate
+    return a(types.boolean, a, a), generate
 
 
 @intrinsic
-def _bits_to_float(typing_context, bits):
+def _total(typing_context, values):
+    """The sum over the lanes: halves are added until one is left."""
+
     def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
+        vector, count = args[0], values.lanes
+        while count > 1:
+            count //= 2
+            kind = ir.VectorType(ir.IntType(32), count)
+            halves = (ir.Constant(kind, list(range(at, at + count))) for at in (0, count))
+            vector = builder.fadd(*(builder.shuffle_vector(vector, vector, half) for half in halves))
+        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
 
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-def _float_to_bits(typing_context, value):
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-@intrinsic
-def _half_to_float(typing_context, bits):
-    def generate(context, builder, signature, args):
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.int16), generate
-
-
-@intrinsic
-def _float_to_half(typing_context, value):
-    def generate(context, builder, signature, args):
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.int16(types.float32), generate
-
-
-def _load(x):
-    """The value of a stored element, in float32 or float64."""
-    raise NotImplementedError
-
-
-def _store(like, value):
-    """The stored element of type `like` for a value, rounded to nearest even."""
-    raise NotImplementedError
-
-
-@overload(_load)
-def _load_overload(x):
-    if x == types.uint16:
-        return lambda x: _bits_to_float(np.uint32(x) << np.uint32(16))
-    if x == types.int16:
-        return lambda x: _half_to_float(x)
-    return lambda x: x
-
-
-@overload(_store)
-def _store_overload(like, value):
-    if like == types.uint16:
-
-        def bfloat16(like, value):
-            bits = _float_to_bits(np.float32(value))
-            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-            return np.uint16(0x7FC0) if nan else np.uint16(rounded)
-
-        return bfloat16
-    if like == types.int16:
-        return lambda like, value: _float_to_half(np.float32(value))
-    return lambda like, value: value
-
-
-@njit(fastmath=_SUM, nogil=True, cache=True)
-def _sum(g, q):
-    dot = sq_norm = diff_sq_norm = prev_sq_norm = 0.0
-    for i in range(g.size):
-        a = np.float64(_load(g[i]))
-        b = np.float64(_load(q[i]))
-        d = a - b
-        dot += a * b
-        sq_norm += a * a
-        diff_sq_norm += d * d
-        prev_sq_norm += b * b
-    return dot, sq_norm, diff_sq_norm, prev_sq_norm
+    return values.dtype(values), generate
 
 
 @intrinsic
 def _prefetch(typing_context, address):
-    """Ask for the cache line at `address`."""
+    """Prefetch the cache line at `address`."""
 
     def generate(context, builder, signature, args):
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -267,91 +415,118 @@ def _prefetch(typing_context, address):
     return types.void(types.int64), generate
 
 
-@njit(nogil=True, cache=True)
-def _copy(to, source):
-    for i in range(to.size):
-        to[i] = source[i]
+# The kinds of update; `g` is the gradient of the elements at the addresses `p` and `buf`.
 
 
-# The forms of the update, of one element; `d` is its gradient.
+def _descend(lanes):
+    @njit(nogil=True)
+    def descend(p, buf, g, sign, lr, decay, gain, weight_decay, lookahead, tag):
+        x = _load(p, tag, lanes)
+        # A sign of 1 or -1 changes no rounding: it goes with the numbers that do not change.
+        d = _where(weight_decay != 0, _fma(sign * weight_decay, x, g), g)
+        _store(p, tag, _fma(-sign * lr, d, x))
+
+    return descend
 
 
-@njit(nogil=True)
-def _nothing(p, buf, i, d, lr, decay, gain, weight_decay, lookahead):
-    pass
+def _descend_momentum(lanes):
+    @njit(nogil=True)
+    def descend_momentum(p, buf, g, sign, lr, decay, gain, weight_decay, lookahead, tag):
+        x = _load(p, tag, lanes)
+        d = _multiply(sign, g)
+        d = _where(weight_decay != 0, _fma(weight_decay, x, d), d)
+        b = _fma(gain, d, _multiply(decay, _load(buf, tag, lanes)))
+        _store(buf, tag, b)
+        _store(p, tag, _fma(-lr, _where(lookahead != 0, _fma(lookahead, b, d), b), x))
+
+    return descend_momentum
 
 
-@njit(nogil=True)
-def _descend(p, buf, i, d, lr, decay, gain, weight_decay, lookahead):
-    x = _load(p[i])
-    if weight_decay != 0:
-        d = _fma(weight_decay, x, d)
-    p[i] = _store(p[i], _fma(-lr, d, x))
-
-
-@njit(nogil=True)
-def _descend_momentum(p, buf, i, d, lr, decay, gain, weight_decay, lookahead):
-    x = _load(p[i])
-    if weight_decay != 0:
-        d = _fma(weight_decay, x, d)
-    b = _fma(gain, d, decay * _load(buf[i]))
-    buf[i] = _store(buf[i], b)
-    p[i] = _store(p[i], _fma(-lr, _fma(lookahead, b, d) if lookahead != 0 else b, x))
-
-
-def _loop(update, measured):
-    """The pass over a chunk with one form of the update: a call for every part would take a tenth more."""
-    updated, buffered = update is not _nothing, update is _descend_momentum
+def _sweep(kind, measured, lanes):
+    """One pass over `n` bytes of each array, a whole number of vectors."""
+    update = kind(lanes) if kind is not None else None
+    updated, buffered = kind is not None, kind is _descend_momentum
 
     @njit(nogil=True)
-    def loop(p, g, q, buf, copy, n, room, lr, sign, decay, gain, weight_decay, lookahead, itemsize, tag):
-        dot = sq_norm = diff_sq_norm = prev_sq_norm = 0.0
-        for start in range(0, n, _PART):
-            offset = start * itemsize
-            size = min(_PART, n - start)
-            for line in range(offset + _AHEAD, min(offset + _AHEAD + _PART * itemsize, room * itemsize), 64):
-                _prefetch(g + line)
-                if measured:
-                    _prefetch(q + line)
-                if updated:
-                    _prefetch(p + line)
-                if buffered:
-                    _prefetch(buf + line)
-            x = numba.carray(_pointer(p + offset, tag), size)
-            y = numba.carray(_pointer(g + offset, tag), size)
-            z = numba.carray(_pointer(q + offset, tag), size)
-            m = numba.carray(_pointer(buf + offset, tag), size)
+    def sweep(p, g, q, buf, copy, n, part, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag):
+        width = lanes * _itemsize(tag)
+        dot = _zeros(lanes)
+        sq_norm = _zeros(lanes)
+        diff_sq_norm = _zeros(lanes)
+        prev_sq_norm = _zeros(lanes)
+        start = 0
+        while start < n:
+            stop = min(start + part, n)
+            if ahead:
+                line = start + ahead
+                last = min(stop + ahead, n)
+                while line < last:
+                    _prefetch(g + line)
+                    if measured:
+                        _prefetch(q + line)
+                    if updated:
+                        _prefetch(p + line)
+                    if buffered:
+                        _prefetch(buf + line)
+                    line += 64
             if measured:
-                sums = _sum(y, z)
-                dot += sums[0]
-                sq_norm += sums[1]
-                diff_sq_norm += sums[2]
-                prev_sq_norm += sums[3]
-            for i in range(size):
-                update(x, m, i, sign * _load(y[i]), lr, decay, gain, weight_decay, lookahead)
+                i = start
+                while i < stop:
+                    a = _wide(_load(g + i, tag, lanes))
+                    b = _wide(_load(q + i, tag, lanes))
+                    d = _subtract(a, b)
+                    dot = _fma(a, b, dot)
+                    sq_norm = _fma(a, a, sq_norm)
+                    diff_sq_norm = _fma(d, d, diff_sq_norm)
+                    prev_sq_norm = _fma(b, b, prev_sq_norm)
+                    i += width
+            if updated:
+                i = start
+                while i < stop:
+                    values = _load(g + i, tag, lanes)
+                    update(p + i, buf + i, values, sign, lr, decay, gain, weight_decay, lookahead, tag)
+                    i += width
             if measured and copy:
-                _copy(z, y)
-        return dot, sq_norm, diff_sq_norm, prev_sq_norm
+                i = start
+                while i < stop:
+                    _copy(q + i, g + i, tag, lanes)
+                    i += width
+            start = stop
+        return _total(dot), _total(sq_norm), _total(diff_sq_norm), _total(prev_sq_norm)
+
+    return sweep
+
+
+def _loop(kind, measured):
+    """A chunk: whole vectors, then one element at a time."""
+    wide, narrow = _sweep(kind, measured, _LANES), _sweep(kind, measured, 1)
+
+    @njit(nogil=True)
+    def loop(p, g, q, buf, copy, n, part, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag):
+        whole = n - n % (_LANES * _itemsize(tag))
+        a = wide(p, g, q, buf, copy, whole, part, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag)
+        p, g, q, buf, n = p + whole, g + whole, q + whole, buf + whole, n - whole
+        b = narrow(p, g, q, buf, copy, n, part, 0, lr, sign, decay, gain, weight_decay, lookahead, tag)
+        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
 
     return loop
 
 
-_measure = _loop(_nothing, True)
+_measure = _loop(None, True)
 _update, _measure_update = _loop(_descend, False), _loop(_descend, True)
 _update_momentum, _measure_update_momentum = _loop(_descend_momentum, False), _loop(_descend_momentum, True)
 
 
 @njit(nogil=True, cache=True)
-def _chunk(p, g, q, buf, copy, n, room, row, scale, itemsize, tag):
-    """Sum and update `n` elements at the addresses `p`, `g`, `q`, `buf`; 0 leaves its part out."""
-    scalar = _load(tag[0])
-    lr = scalar + type(scalar)(row[0] * scale)
-    decay = scalar + type(scalar)(row[1])
-    gain = scalar + type(scalar)(row[2])
-    weight_decay = scalar + type(scalar)(row[3])
-    lookahead = scalar + type(scalar)(row[4])
-    sign = scalar + type(scalar)(row[5])
-    given = (p, g, q, buf, copy, n, room, lr, sign, decay, gain, weight_decay, lookahead, itemsize, tag)
+def _chunk(p, g, q, buf, copy, n, part, ahead, row, scale, tag):
+    """Sum and update `n` bytes at the addresses `p`, `g`, `q`, `buf`; 0 leaves its part out."""
+    lr = _scalar(row[0] * scale, tag)
+    decay = _scalar(row[1], tag)
+    gain = _scalar(row[2], tag)
+    weight_decay = _scalar(row[3], tag)
+    lookahead = _scalar(row[4], tag)
+    sign = _scalar(row[5], tag)
+    given = (p, g, q, buf, copy, n, part, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag)
     if p == 0:
         return _measure(*given)
     if buf == 0:
@@ -385,12 +560,14 @@ def _step(
     start,
     stop,
     share,
-    itemsize,
+    part,
+    ahead,
     tag,
     partials,
     bounds,
     out,
 ):
+    itemsize = _itemsize(tag)
     for thread in prange(share.size - 1):
         for c in range(share[thread], share[thread + 1]):
             k = tensor[c]
@@ -401,11 +578,11 @@ def _step(
                 q[k] + offset if q.size else 0,
                 buf[k] + offset if buf.size and buf[k] else 0,
                 copy.size > 0 and copy[k],
-                stop[c] - start[c],
-                stop[c] - start[c],
+                (stop[c] - start[c]) * itemsize,
+                part,
+                ahead,
                 hyper[rows[k] if p.size else 0],
                 scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0,
-                itemsize,
                 tag,
             )
             partials[c, 0] = sums[0]

@@ -251,7 +251,7 @@ class Batch:
         self._partials = torch.empty((len(tensor), len(SUMS)), dtype=torch.float64, device=self._device)
         self._tables: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._spares: list[tuple[Tensor, Tensor]] = []  # on the host and on the device
-        self._captured: list[Tensor] = []  # what graphs read
+        self._captured: dict[object, tuple[Tensor, ...]] = {}  # what graphs read
         self._rows: tuple[Sequence[int] | None, Tensor | None] = (None, None)
         self._hyper: tuple[object, Tensor | None] = (None, None)
 
@@ -272,7 +272,8 @@ class Batch:
                 if self._hyper[0] is not hyper:
                     self._hyper = (hyper, self._upload(np.array(hyper, np.float64)))
                 if capturing(self._device):
-                    self._captured += [self._rows[1], self._hyper[1]]
+                    for uploaded in (self._rows[1], self._hyper[1]):
+                        self._captured[id(uploaded)] = (uploaded,)
             chosen = constants(
                 self._dtype,
                 update=hyper is not None,
@@ -348,13 +349,15 @@ class Batch:
 
     def _upload_captured(self, table: np.ndarray) -> Tensor:
         """A table that a graph uploads at every replay from memory that nobody writes to any more."""
-        if not self._spares:
-            raise RuntimeError(
-                "the tables made ahead for captures are used up; take a step that is not captured"
-            )
-        host, on_device = self._spares.pop()
-        self._captured += [host, on_device]
-        host.numpy()[:] = table
+        key = table.tobytes()
+        if key not in self._captured:  # else another graph has captured the same
+            if not self._spares:
+                raise RuntimeError(
+                    "the tables made ahead for captures are used up; take a step that is not captured"
+                )
+            self._captured[key] = self._spares.pop()
+            self._captured[key][0].numpy()[:] = table
+        host, on_device = self._captured[key]
         return on_device.copy_(host, non_blocking=True)
 
 

@@ -383,6 +383,7 @@ class Adapter:
         self._warned = in_place  # a look at what there is to warn of would wait for the device
         self._own: dict[str, Tensor] = {}
         """What the policy remembers."""
+        self._failure: Exception | None = None
         if self._together or len(known) == len(ones):  # otherwise layers have been added
             self._own = {
                 key[len(_OWN) :]: value.to(ones) for key, value in state.items() if key.startswith(_OWN)
@@ -419,8 +420,8 @@ class Adapter:
     def decide(self, sums: Tensor, lr: Tensor, prev_step: Tensor) -> None:
         """Let the policy see a step's `sums` (4, L) and set the scale.
 
-        Raises:
-            ValueError: the policy returns something of another shape.
+        What goes wrong in the policy is raised here with `lag` 0, where the update comes after this, and by
+        :meth:`check` before the next step with `lag` 1.
         """
         self._seen += 1
         if self._some_out:
@@ -429,7 +430,13 @@ class Adapter:
             *sums, scale=self.scale, lr=lr, prev_step=prev_step, steps=self._seen, state=self._own
         )
         valid = self._adapted & (measured.correlation == measured.correlation)
-        new, own = self._ask(measured, valid)
+        try:
+            new, own = self._ask(measured, valid)
+        except Exception as error:
+            if self.lag == 0:
+                raise  # the parameters are updated after this
+            self._failure = error
+            return
         if own is not None:
             self._keep(own)
         if self._seen <= self._warmup:
@@ -449,6 +456,12 @@ class Adapter:
             self.scale.copy_(scale)
         else:
             self.scale = scale
+
+    def check(self) -> None:
+        """Raise what the policy raised, or what was wrong with its answer, after the last update."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def _ask(self, measured: Measured, valid: Tensor | None = None) -> tuple[Tensor, State | None]:
         """What the policy says: scales, and the new state if it has one. `valid`: layers that count."""

@@ -35,6 +35,12 @@ def bare(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def copyable(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of a DTensor that ``copy.deepcopy`` cannot copy: torch's fails where the local part
+    does not begin where its memory begins, as gradients of FSDP."""
+    return tensor.clone() if is_dtensor(tensor) and tensor.storage_offset() else tensor
+
+
 _under_way: set[Any] = set()  # sums over gloo that nobody has waited for yet
 _PATIENCE = timedelta(seconds=10)  # with a rank that is stuck, as this one ends
 

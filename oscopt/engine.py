@@ -24,8 +24,9 @@ from torch import Tensor
 
 from . import kernels, measures
 from .adapt import Adapter
-from .distributed import Ranks, bare, describe, is_dtensor
+from .distributed import Ranks, bare, copyable, describe, is_dtensor
 from .history import History
+from .layers import members
 from .recorder import Recorder
 from .window import Window
 
@@ -77,6 +78,7 @@ class Engine:
         adapter: what decides on the layers' scales; None: they are ones.
         recorder: what stands in for the host in a CUDA graph, where steps can be captured; None: they cannot.
         edited: whether the parameters are other ones than those that the history is of so far.
+        copy_gradients: copy each previous gradient, instead of keeping the tensor itself.
 
     A parameter that is listed twice is measured once, and updated as often as it is listed.
 
@@ -98,6 +100,7 @@ class Engine:
         adapter: Adapter | None = None,
         recorder: Recorder | None = None,
         edited: bool = False,
+        copy_gradients: bool = False,
     ) -> None:
         self.layer_names = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
         index: dict[str | None, int] = {name: i for i, name in enumerate(self.layer_names)} | {None: -1}
@@ -127,7 +130,7 @@ class Engine:
                     shape=local.shape,
                     stride=local.stride(),
                     dense=kernels.dense(local),
-                    copied=recorder is not None,
+                    copied=copy_gradients or recorder is not None,
                     again=again,
                     state=states.get(p),
                 )
@@ -188,17 +191,10 @@ class Engine:
         params = self.params if self._plain else map(bare, self.params)
         return list(map(Tensor.data_ptr, params)) != self._addresses  # of another dtype, it lies elsewhere
 
-    def members(self) -> dict[str, set[int]]:
-        """Which parameters each layer has, by `id`."""
-        found: dict[str, set[int]] = {name: set() for name in self.layer_names}
-        for slot in self.slots:
-            if slot.home >= 0:
-                found[self.layer_names[slot.home]].add(id(slot.outer))
-        return found
-
-    def drop_spoiled(self, members: Mapping[str, set[int]] | None = None) -> None:
+    def drop_spoiled(self, now: Mapping[str, set[int]] | None = None) -> None:
         """Forget previous gradients that have been written to, or whose state has been taken away: whoever
-        goes on from the states cannot tell. And those of layers that have other `members` from now on.
+        goes on from the states cannot tell. And those of layers that are not made of the same parameters
+        `now` (:func:`oscopt.layers.members`). What is left can be copied and saved.
         """
         if self._recorder is not None:
             for i in self._recorder.unknown():  # graphs write to what is kept of them: it stays
@@ -212,10 +208,14 @@ class Engine:
             elif slot.state is not None and slot.state is not state:
                 if not state.keys() >= slot.state.keys() & {PREVIOUS}:
                     layers.add(slot.home)
-        if members is not None:
-            before = self.members()
-            layers |= {i for i, name in enumerate(self.layer_names) if before[name] != members.get(name)}
+        if now is not None:
+            before = members((self.layer_names[s.home], s.outer) for s in self.slots if s.home >= 0)
+            layers |= {i for i, name in enumerate(self.layer_names) if before[name] != now.get(name)}
         self._forget(layers)
+        if not self._plain:
+            for slot in self.slots:
+                if slot.state and slot.state.get(PREVIOUS) is not None:
+                    slot.state[PREVIOUS] = copyable(slot.state[PREVIOUS])
 
     def _forget(self, layers: set[int]) -> None:
         """Forget the previous gradients of `layers`: each as a whole, as a part of it would make a wrong pair
@@ -305,12 +305,15 @@ class Engine:
         Raises:
             RuntimeError: a gradient is sparse, or the process group of sharded parameters is gone.
             ValueError: a gradient has another shape than its parameter.
+            Exception: what the policy raised in the last step.
             Reshaped: a parameter has changed its shape where it lies.
 
         Nothing has been changed by then.
         """
         if self.ranks is not None:
             self.ranks.check()
+        if self._adapter is not None:
+            self._adapter.check()
         grads = kernels.Tensors(map(_GRAD, self.params))
         if self._alike(grads):
             self.fits = True
@@ -384,10 +387,10 @@ class Engine:
         if self.windows:
             raise RuntimeError("a window is open, which a graph cannot fill; capture after it is complete")
 
-    def in_use(self) -> tuple:
-        """What a captured step reads and writes: graphs do not keep it alive."""
-        plans, masks = list(self._plans.values()), list(self._masks.values())
-        return plans, masks, list(self._prev), self._adapter, self._recorder
+    def in_use(self) -> dict[int, Any]:
+        """What a captured step reads and writes, by `id`: graphs do not keep it alive."""
+        plans, masks = self._plans.values(), self._masks.values()
+        return {id(x): x for x in (*plans, *masks, *self._prev, self._adapter, self._recorder)}
 
     def begin(self, grads: Sequence[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         """Keep gradients that no step was made of."""
@@ -464,6 +467,22 @@ class Engine:
             window.add(number, present, [self.slots[i].layer for i in present], [grads[i] for i in present])
         self.keep(grads, wholes, present if keep else [], copied=measured)
 
+    def lose(self, step: int, lr: tuple[float, ...], prev_lr: tuple[float, ...]) -> None:
+        """Record that the gradients of a step could not be measured; the next ones have no pair."""
+        self._forget(set(range(len(self.layer_names))))
+        self._kept = []
+        if (step + 1) % self._every == 0 and self.slots:
+            row = self._record.next_row(self.device)
+            row[:5] = torch.nan
+            row[5:] = 1.0
+            rates = (
+                (self._layer_lr(lr), self._layer_lr(prev_lr))
+                if self._recorder is None
+                else self._recorder.layer_rates()
+            )
+            self._record.commit(step, *rates, None)
+            self._last_row = row
+
     def _changed(self, grads: Sequence[Tensor | None], present: list[int]) -> Tensor:
         """With a recorder: the layers that have no valid pair, bool, (L,). Makes room for what is kept."""
         missing = []
@@ -514,8 +533,13 @@ class Engine:
         """What follows once the sums are those of all ranks. `before`: the row of the last step."""
         if before is not None:
             # The last gradient has been written to where its norm is no longer what it was.
-            written = (row[3] - before[1]).abs_() > _ROUNDING * before[1]
-            if written.device.type != "cpu" or written.any():
+            if row.device.type == "cpu":  # the same with a tenth of the time per operation
+                sums, norm = row.numpy(), before[1].numpy()
+                written = abs(sums[3] - norm) > _ROUNDING * norm
+                if written.any():
+                    sums[np.ix_([0, 2, 3], written)] = np.nan
+            else:
+                written = (row[3] - before[1]).abs_() > _ROUNDING * before[1]
                 row[:1].masked_fill_(written, torch.nan)
                 row[2:4].masked_fill_(written, torch.nan)
         if self._adapter is not None:
@@ -693,7 +717,8 @@ _forked = False
 
 def _note_fork() -> None:
     global _forked
-    _forked = f"{kernels.__name__}.numba_backend" in sys.modules
+    backend = sys.modules.get(f"{kernels.__name__}.numba_backend")
+    _forked = backend is not None and backend.has_run()
 
 
 os.register_at_fork(after_in_child=_note_fork)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import measures
+from . import atomic, measures
 from .kernels import SUMS
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class History:
         limit: how many steps are held at most. Beyond, the record is thinned: every second step is dropped,
             the oldest first, until every second step is left, then every fourth, and so on; the last 256
             steps (or `limit` / 4, if that is less) stay. Each row is complete in itself, so what is left
-            stays exact; `steps` tells which. A step of L layers takes 56 L bytes, and as much again where
+            stays exact; `steps` tells which. A step of L layers takes 56 L + 16 bytes, and 16 L more where
             learning rates change; time a step does not depend on T. None: no limit. :meth:`stream_to` keeps
             every step on disk.
 
@@ -424,7 +423,8 @@ class History:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write an .npz file, whole or not at all: `format`, `steps`, `layer_names` and the arrays."""
-        _write(Path(path), np.savez_compressed, self._arrays())
+        with atomic.writing(path) as file:
+            np.savez_compressed(file, **self._arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> History:
@@ -710,27 +710,13 @@ class _Folder:
             [b for b in (x.where(x.steps > self.last) for x in history._blocks) if len(b)]
         )
         if len(new):
-            _write(self.path / f"steps-{self._next:08d}.npz", np.savez, new._arrays())
+            with atomic.writing(self.path / f"steps-{self._next:08d}.npz") as file:
+                np.savez(file, **new._arrays())
             self._next, self.last = self._next + 1, int(new.steps[-1])
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("steps-????????.npz"))
-
-
-def _write(path: Path, save: Callable[..., None], arrays: dict[str, Any]) -> None:
-    """A file that appears under its name when it is complete and on the disk."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            save(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _widened(rows: np.ndarray, width: int) -> np.ndarray:

@@ -83,6 +83,15 @@ def _some(names: Sequence[str]) -> str:
     return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
 
 
+def members(pairs: Iterable[tuple[str | None, Tensor]]) -> dict[str, set[int]]:
+    """Which parameters each layer has, by `id`; `pairs` are layers and parameters that have memory or not."""
+    found: dict[str, set[int]] = {}
+    for layer, p in pairs:
+        if layer is not None and not is_lazy(p):
+            found.setdefault(layer, set()).add(id(p))
+    return found
+
+
 class Listing:
     """The parameters that an optimizer's groups list, as they do now: by hand they may be changed anytime.
 

@@ -8,7 +8,7 @@ try:
     import lightning.pytorch as pl
 except ImportError:  # the same under its older name
     try:
-        import pytorch_lightning as pl
+        import pytorch_lightning as pl  # type: ignore[no-redef]
     except ImportError as error:
         raise ImportError("oscopt.lightning needs Lightning: pip install lightning") from error
 
@@ -47,16 +47,16 @@ class OscCallback(pl.Callback):
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             named = [(name, p) for name, p in pl_module.named_parameters() if id(p) in held]
             state = self._restored[i] if i < len(self._restored) else {}
-            histories = {
+            options = self._options | {
                 key: History.from_state_dict(value) for key, value in state.items() if key != "monitor"
             }
-            monitor = OscMonitor(optimizer, named, **self._options, **histories)
+            monitor = OscMonitor(optimizer, named, **options)
             if state:
                 monitor.load_state_dict(state["monitor"])
             self.meters.append(monitor)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import Ranks, bare
-from .engine import COPIED, PREVIOUS, Engine, check_settings, skipped
+from .engine import COPIED, PREVIOUS, Engine, Reshaped, check_settings, skipped
 from .history import History
 from .kernels import capturing
-from .layers import Layers, assign
+from .layers import Layers, Listing, assign, members
 from .recorder import Recorder, one_device
 from .window import Window
 
@@ -29,23 +30,29 @@ class OscMonitor:
     """Measures, at each step of `optimizer`, how its gradients and updates correlate with the last ones.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``. Its trajectory stays what it is, bit for bit.
-        named_parameters: `model.named_parameters()`, or some of them; frozen ones are left out.
+        optimizer: any ``torch.optim.Optimizer``, or a library's wrapper around one. Its trajectory stays what
+            it is, bit for bit.
+        named_parameters: `model.named_parameters()`, or some of them; frozen ones are left out. A tensor with
+            two names (tied weights) is measured once, in the layer of its first name.
         what: "grad": the gradients that a step finds (that it ends with, where it calls a closure or unscales
             them itself). "update": what it has added to the parameters, x_{t+1} - x_t; this takes two copies
             of the parameters. Or both, as a tuple.
-        layers, every, capturable, backend: as in :class:`oscopt.OscGD`. For a CUDA graph the
+        layers, every, copy_gradients, capturable, backend: as in :class:`oscopt.OscGD`. For a CUDA graph the
             optimizer must be `capturable` as well.
         history, update_history: record into these, which go on where they end. Default: new ones.
 
     Raises:
         ValueError: `optimizer` does not hold a parameter, or has a monitor of it already; `what` is unknown;
             or as in :class:`oscopt.OscGD`.
-        TypeError: `named_parameters` gives no names.
+        TypeError: `named_parameters` gives no names, or `optimizer` holds none of torch's optimizers.
 
-    The recorded `lr` is the optimizer's (NaN where it is a tensor on a GPU, which reading would wait for); a
-    curvature follows from it only if that is plain gradient descent. A step that a GradScaler skips is not
-    measured; the next one pairs with the last that was applied.
+    A monitor never ends a training run. Parameters that leave the optimizer are NaN from then on, until they
+    come back. What cannot be measured (sparse gradients) is NaN, with one warning; only where ranks share the
+    parameters, or in the capture of a CUDA graph, it is an error.
+
+    The recorded `lr` is the optimizer's (NaN where it is no number, or a tensor on a GPU, which reading would
+    wait for); a curvature follows from it only if that is plain gradient descent. A step that a GradScaler
+    skips is not measured; the next one pairs with the last that was applied.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class OscMonitor:
         *,
         layers: Layers = "module",
         every: int = 1,
+        copy_gradients: bool = False,
         capturable: bool = False,
         backend: str = "auto",
         history: History | None = None,
@@ -65,21 +73,20 @@ class OscMonitor:
         self.what = (what,) if isinstance(what, str) else tuple(what)
         if not self.what or set(self.what) - set(QUANTITIES):
             raise ValueError(f"Invalid what: {what!r}; use 'grad', 'update' or ('grad', 'update')")
-        group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        held = _held(named_parameters, group_of)
+        optimizer = _hooked(optimizer)
+        held = _held(named_parameters, {p for group in optimizer.param_groups for p in group["params"]})
         for other in _monitors(optimizer):
-            shared = [n for n, p in held.items() if any(p is q for q in other._options["params"])]
+            shared = [n for n, p in held.items() if any(p is q for q in other._named.values())]
             if shared and set(self.what) & set(other.what):
                 raise ValueError(
                     f"the optimizer has a monitor of parameter {shared[0]!r} already; read that one's "
                     "history, or detach() it first"
                 )
+        self._named = held
+        self._layers = dict(zip(held, assign(list(held), layers), strict=True))
         self._options: dict[str, Any] = {
-            "names": list(held),
-            "params": list(held.values()),
-            "groups": [group_of[p] for p in held.values()],
-            "layers": assign(list(held), layers),
             "every": every,
+            "copy_gradients": copy_gradients,
             "backend": backend,
         }
         given = {"grad": history, "update": update_history}
@@ -88,17 +95,22 @@ class OscMonitor:
         self._states: dict[str, dict[Tensor, dict[str, Any]]] = {w: defaultdict(dict) for w in self.what}
         self._ranks: Ranks | None = None
         self._step = max(history.next_step for history in self._histories.values())
-        self._prev_lr = (math.nan,) * len(optimizer.param_groups)
+        self._groups = list(optimizer.param_groups)
+        self._prev_lr = (math.nan,) * len(self._groups)  # of these groups
+        self._warned = False
         self._capturable = capturable
         self._recorders: dict[str, Recorder] = {}
-        self._captured: list[Any] = []  # what graphs use
+        # Of each quantity, whose steps graphs have captured, and what they use, by `id`.
+        self._captured: dict[str, tuple[Engine, dict[int, Any]]] = {}
+        self._failed = False  # whether this step cannot be measured
+        self._list()
         self._engines = {w: self._new_engine(w) for w in self.what}
         self._late = False
         self._before: list[Tensor] | None = None  # the parameters before this step
         self._buffers: list[list[Tensor]] = []  # copies of the parameters, in turn
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(_Hook(self, self._before_step, after=False)),
+            optimizer.register_step_post_hook(_Hook(self, self._after_step, after=True)),
         ]
 
     # ---- what users read ---------------------------------------------------------------------------------
@@ -149,9 +161,33 @@ class OscMonitor:
 
     # ---- measuring ---------------------------------------------------------------------------------------
 
+    def _give_up(self, error: Exception, after: bool) -> None:
+        """A step could not be measured: a row of NaN in its place, one warning."""
+        if any(engine.ranks is not None or capturing(engine.device) for engine in self._engines.values()):
+            raise error
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the monitor could not measure step {self._step} and records NaN, here and where it happens "
+                f"again: {error}",
+                stacklevel=2,
+            )
+        self._before, self._buffers, self._failed = None, [], not after
+        if after:
+            self._record_nothing()
+
+    def _record_nothing(self) -> None:
+        for engine in self._engines.values():
+            if not self._capturable:
+                engine.history.cut(self._step)
+            engine.lose(self._step, self._lr(), self._prev_lr)
+        self._next_step()
+
     @torch._disable_dynamo
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._failed = False
+        self._follow_groups()
         # What a closure computes, or the optimizer unscales itself, is to be seen only afterwards.
         closure = kwargs.get("closure") or next(
             (a for a in args if a is not optimizer and a is not None), None
@@ -161,10 +197,14 @@ class OscMonitor:
             self._measure("grad", *self._gradients())
         if "update" in self._engines and self._engines["update"].wants(self._step):
             self._renew_if_stale("update")
-            params = self._engines["update"].values()
+            try:
+                params = self._engines["update"].values()
+            except Reshaped:
+                self._renew("update")
+                params = self._engines["update"].values()
             if not self._buffers:
                 copies = 1 if self._capturable else 2  # the engine has another then
-                self._buffers = [list(map(torch.empty_like, self._options["params"])) for _ in range(copies)]
+                self._buffers = [list(map(torch.empty_like, self._listed)) for _ in range(copies)]
             self._before = [bare(buffer) for buffer in self._buffers[0]]
             torch._foreach_copy_(self._before, params)
 
@@ -173,6 +213,9 @@ class OscMonitor:
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         change, self._before = self._before, None
         if skipped(optimizer):
+            return
+        if self._failed:
+            self._record_nothing()
             return
         if "grad" in self._engines and self._late:
             self._measure("grad", *self._gradients())
@@ -188,14 +231,43 @@ class OscMonitor:
                         wholes[i], grads[i] = self._buffers[0][i], change[i]
                 self._buffers.reverse()
             self._measure("update", grads, wholes)
+        self._next_step()
+
+    def _next_step(self) -> None:
         if not self._capturable:
             self._step += 1
             self._prev_lr = self._lr()
 
+    def _list(self) -> None:
+        """Take up which of the named parameters the optimizer holds now, and in which group."""
+        self._listing = Listing(self._groups)
+        group_of = dict(zip(self._listing.params, self._listing.groups, strict=True))
+        self._held = {name: group_of[p] for name, p in self._named.items() if p in group_of}
+        self._listed = [self._named[name] for name in self._held]
+
+    def _follow_groups(self) -> None:
+        """Make new engines if the groups have been edited."""
+        groups = self._optimizer.param_groups
+        if self._listing.holds(groups):
+            self._groups = list(groups)
+            return
+        known = {id(group): rate for group, rate in zip(self._groups, self._prev_lr, strict=False)}
+        self._groups = list(groups)
+        self._prev_lr = tuple(known.get(id(group), math.nan) for group in groups)
+        before = self._held.keys()
+        self._list()
+        edited = self._held.keys() != before
+        for what in self.what:
+            self._renew(what, edited)
+
     def _gradients(self) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
         if self._engines["grad"].untouched:
             self._renew_if_stale("grad")
-        found = self._engines["grad"].gradients()
+        try:
+            found = self._engines["grad"].gradients()
+        except Reshaped:
+            self._renew("grad")
+            found = self._engines["grad"].gradients()
         # A look at all parameters costs more than one at their gradients, which are read anyway.
         if not self._engines["grad"].fits and self._renew_if_stale("grad"):
             found = self._engines["grad"].gradients()
@@ -203,14 +275,21 @@ class OscMonitor:
 
     def _renew_if_stale(self, what: str) -> bool:
         """Make a new engine if parameters have moved."""
-        engine = self._engines[what]
-        if not engine.stale(self._states[what]):
+        if not self._engines[what].stale(self._states[what]):
             return False
-        engine.drop_spoiled()
-        self._engines[what] = self._new_engine(what)
+        self._renew(what)
+        return True
+
+    def _renew(self, what: str, edited: bool = False) -> None:
+        """Make a new engine, of the parameters as they are now; `edited`: they are other ones."""
+        engine = self._engines[what]
+        engine.drop_spoiled(members((self._layers[name], self._named[name]) for name in self._held))
+        if edited:
+            for p in self._states[what].keys() - set(self._listed):
+                del self._states[what][p]
+        self._engines[what] = self._new_engine(what, edited)
         self._engines[what].windows = engine.windows
         self._buffers = []
-        return True
 
     def _measure(self, what: str, grads: list[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         engine = self._engines[what]
@@ -218,34 +297,40 @@ class OscMonitor:
             engine.check_capture(grads)
         rows, lr = [0] * len(grads), ()
         if self._capturable:
-            rates = [group.get("lr", math.nan) for group in self._optimizer.param_groups]
-            self._recorders[what].set_rates(rates)
+            self._recorders[what].set_rates([_rate(group) for group in self._groups])
         else:
             engine.history.cut(self._step)  # a step that failed halfway has left its row
             lr = self._lr()
         engine.step(self._step, grads, wholes, None, rows, None, lr, self._prev_lr)
         if capturing(engine.device):
-            self._captured.append((engine.in_use(), self._buffers))
+            self._captured = {w: kept for w, kept in self._captured.items() if self._engines[w] is kept[0]}
+            kept = self._captured.setdefault(what, (engine, {}))[1]
+            kept.update(engine.in_use() | {id(buffer): buffer for buffer in self._buffers})
 
     def _lr(self) -> tuple[float, ...]:
-        rates = (group.get("lr", math.nan) for group in self._optimizer.param_groups)
+        rates = map(_rate, self._groups)
         return tuple(
             math.nan if isinstance(r, Tensor) and r.device.type != "cpu" else float(r) for r in rates
         )
 
-    def _new_engine(self, what: str) -> Engine:
+    def _new_engine(self, what: str, edited: bool = False) -> Engine:
+        layers, groups = [self._layers[name] for name in self._held], list(self._held.values())
         if self._capturable:
             self._count()
-            layers, groups = self._options["layers"], self._options["groups"]
-            device = one_device(self._options["params"])
+            device = one_device(self._listed)
             known = self._recorders.get(what)
             if known is None or not known.fits(layers, groups, device):
-                missing = len(self._optimizer.param_groups) - len(self._prev_lr)
+                missing = len(self._groups) - len(self._prev_lr)
                 rates = self._prev_lr + (math.nan,) * missing
                 self._recorders[what] = Recorder(
                     layers, groups, device, self._histories[what], self._step, rates
                 )
         engine = Engine(
+            names=list(self._held),
+            params=self._listed,
+            groups=groups,
+            layers=layers,
+            edited=edited,
             states=self._states[what],
             history=self._histories[what],
             ranks=self._ranks,
@@ -268,9 +353,8 @@ class OscMonitor:
         for engine in self._engines.values():
             engine.drop_spoiled()
         self._count()
-        named = list(zip(self._options["names"], self._options["params"], strict=True))
         states = {
-            key: {name: dict(self._states[what].get(p, {})) for name, p in named}
+            key: {name: dict(self._states[what].get(p, {})) for name, p in self._named.items()}
             for what, key in (("grad", "state"), ("update", "update_state"))
             if what in self._states
         }
@@ -282,7 +366,7 @@ class OscMonitor:
         Raises:
             ValueError: it holds other parameters.
         """
-        names = self._options["names"]
+        names = list(self._named)
         loaded = {what: state_dict.get(key) for what, key in (("grad", "state"), ("update", "update_state"))}
         for states in loaded.values():
             if states is not None and set(states) != set(names):
@@ -295,7 +379,7 @@ class OscMonitor:
         self._prev_lr = tuple(state_dict.get("prev_lr", self._prev_lr))
         for what in self.what:
             states = defaultdict(dict)
-            for name, p in zip(names, self._options["params"], strict=True):
+            for name, p in self._named.items():
                 state = (loaded[what] or {}).get(name, {})
                 if state:
                     states[p].update({key: state[key] for key in _KEYS if key in state})
@@ -319,9 +403,54 @@ class OscMonitor:
         self.detach()
 
 
-def _held(named_parameters: Iterable[tuple[str, Tensor]], group_of: dict[Tensor, int]) -> dict[str, Tensor]:
-    """Those of the parameters that the optimizer holds, by name."""
+class _Hook:
+    """A hook, before or after the step, that never ends the training."""
+
+    def __init__(self, monitor: OscMonitor, hook: Callable[..., None], after: bool) -> None:
+        self.monitor = monitor
+        self._hook, self._after = hook, after
+
+    def __call__(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        try:
+            self._hook(optimizer, args, kwargs)
+        except Exception as error:
+            self.monitor._give_up(error, self._after)
+
+
+def _hooked(optimizer: Any) -> Optimizer:
+    """The optimizer of torch whose `step` is taken: `optimizer`, or what a library has wrapped in it.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner, seen = optimizer, []
+    while "_optimizer_step_post_hooks" not in getattr(inner, "__dict__", {}):
+        seen.append(inner)
+        held = getattr(inner, "__dict__", {})
+        inner = next((x for x in held.values() if isinstance(x, Optimizer)), held.get("optimizer"))
+        if inner is None or any(inner is x for x in seen):
+            raise TypeError(
+                f"optimizer is {type(optimizer).__name__}, which is no torch.optim.Optimizer and holds none; "
+                "pass the one that updates the parameters"
+            )
+    return inner
+
+
+def _rate(group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of a group; NaN where it is no number."""
+    lr = group.get("lr")
+    if isinstance(lr, Tensor):
+        return lr if lr.numel() == 1 else math.nan
+    try:
+        return float(lr)
+    except Exception:  # an object of any library's: its conversion may raise anything
+        return math.nan
+
+
+def _held(named_parameters: Iterable[tuple[str, Tensor]], listed: set[Tensor]) -> dict[str, Tensor]:
+    """Those of the parameters that the optimizer holds, by name; each once."""
     held: dict[str, Tensor] = {}
+    known: set[Tensor] = set()
     strange = []
     for pair in named_parameters:
         if isinstance(pair, Tensor) or not isinstance(pair, tuple) or len(pair) != 2:
@@ -329,8 +458,10 @@ def _held(named_parameters: Iterable[tuple[str, Tensor]], group_of: dict[Tensor,
                 "named_parameters must give (name, parameter) pairs: pass model.named_parameters()"
             )
         name, p = pair
-        if p in group_of:
-            held[name] = p
+        if p in listed:
+            if p not in known:
+                held[name] = p
+                known.add(p)
         elif p.requires_grad:
             strange.append(name)
     if not held:
@@ -346,5 +477,5 @@ def _held(named_parameters: Iterable[tuple[str, Tensor]], group_of: dict[Tensor,
 
 def _monitors(optimizer: Optimizer) -> list[OscMonitor]:
     """Those that are attached to it."""
-    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
-    return [owner for owner in owners if isinstance(owner, OscMonitor)]
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    return [hook.monitor for hook in hooks if isinstance(hook, _Hook)]

@@ -20,7 +20,7 @@ from .distributed import Ranks, bare
 from .engine import COPIED, PREVIOUS, Engine, Reshaped, backend_for, check_settings, no_correlation, skipped
 from .history import History
 from .kernels import capturing
-from .layers import Layers, Listing, assign, follow
+from .layers import Layers, Listing, assign, follow, members
 from .recorder import Recorder, one_device
 from .window import Window
 
@@ -57,6 +57,10 @@ class OscGD(Optimizer):
             then, and the device counts the steps and keeps those that `history` has not taken, which it does
             when it is read: at least the last 256.
         differentiable: the update is made of torch's own operations, which autograd records.
+        copy_gradients: copy the previous gradient (20 bytes a float32 parameter and step instead of 16)
+            rather than keep the tensor. For training loops that write to a gradient after the step where
+            autograd does not see it (`p.grad.data`, numpy) and leave its norm as it was, as a change of signs
+            does, or do so with `every` > 1: other writes are noticed.
         layers: which parameters make up a layer. "module": those that one module owns directly, named by its
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
             measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None;
@@ -99,6 +103,7 @@ class OscGD(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        copy_gradients: bool = False,
         layers: Layers = "module",
         every: int = 1,
         adapt: str | Policy | None = None,
@@ -137,15 +142,14 @@ class OscGD(Optimizer):
         self._names: dict[Tensor, str] | None = None  # of the parameters, as they were when last looked at
         self._assigned: dict[str, str | None] = {}  # name -> layer, also of parameters that are gone
         self._every = every
+        self._copy_gradients = bool(copy_gradients)
         self._backend = backend
         self._policy = policy
         self._adapter: Adapter | None = None
         self._capturable = capturable
         self._recorder: Recorder | None = None
-        self._captured: tuple[Engine | None, list[Any]] = (
-            None,
-            [],
-        )  # what graphs use, and whose steps they are
+        # Whose steps graphs have captured, and what they use, by `id`.
+        self._captured: tuple[Engine | None, dict[int, Any]] = (None, {})
         self._history = History() if history is None else history
         self._engine: Engine | None = None
         self._listing: Listing | None = None  # what the engine was made for
@@ -231,6 +235,7 @@ class OscGD(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse, or the process group of sharded parameters is gone.
             ValueError: a gradient or a momentum buffer has another shape than its parameter.
+            Exception: what the policy of `adapt` raised in the last step, where the update came first.
 
         No parameter has been changed by then. The groups may be edited by hand between two steps, as those of
         ``torch.optim.SGD``; what has no previous gradient is NaN in the record.
@@ -304,8 +309,9 @@ class OscGD(Optimizer):
         engine.step(step, grads, wholes, bufs, rows, update, rates, before)
         if capturing(engine.device):
             if self._captured[0] is not engine:  # what was captured before it cannot be replayed any more
-                self._captured = engine, []
-            self._captured[1].append((engine.in_use(), bufs))
+                self._captured = engine, {}
+            # By `id`: capturing the same step again holds nothing more.
+            self._captured[1].update(engine.in_use() | {id(b): b for b in bufs or ()})
         if differentiable:
             self._update_differentiably()
         else:
@@ -457,7 +463,7 @@ class OscGD(Optimizer):
         """
         names = follow(self.param_groups, self._names)
         if self._engine is not None:
-            self._engine.drop_spoiled(self._members(names))
+            self._engine.drop_spoiled(members((self._layer(name), p) for p, name in names.items()))
             self._windows, self._engine = self._engine.windows, None
         for p in self._names.keys() - names.keys():
             if p in self.state:
@@ -488,7 +494,15 @@ class OscGD(Optimizer):
         self._show_state()
         own = {
             name: getattr(self, name)
-            for name in ("_every", "_backend", "_history", "_assigned", "_policy", "_capturable")
+            for name in (
+                "_every",
+                "_copy_gradients",
+                "_backend",
+                "_history",
+                "_assigned",
+                "_policy",
+                "_capturable",
+            )
         }
         own["_names"] = follow(self.param_groups, self._names)
         own["_layers"] = self._layers if _can_be_pickled(self._layers) else dict(self._assigned)
@@ -508,7 +522,7 @@ class OscGD(Optimizer):
             self._step_supports_amp_scaling = True
         self._engine, self._ranks, self._hyper = None, getattr(self, "_ranks", None), ()
         self._adapter, self._recorder, self._windows = None, None, []
-        self._listing, self._captured = None, getattr(self, "_captured", (None, []))
+        self._listing, self._captured = None, getattr(self, "_captured", (None, {}))
         self._capturable = getattr(self, "_capturable", False)  # it came later
 
     def __repr__(self) -> str:
@@ -518,8 +532,8 @@ class OscGD(Optimizer):
 
     def _step(self) -> int:
         """The number of the next step."""
-        steps = (group["step"] for group in self.param_groups if "step" in group)
-        return next(steps, self._history.next_step)  # groups made by hand have none
+        step = next((group["step"] for group in self.param_groups if "step" in group), None)
+        return self._history.next_step if step is None else step  # groups made by hand have none
 
     def _device(self) -> torch.device:
         """Where what users read lies: that of the first parameter."""
@@ -550,15 +564,6 @@ class OscGD(Optimizer):
             self._assigned[name] = assign([name], self._layers, whole=False)[0] if asked else name
         return self._assigned[name]
 
-    def _members(self, names: dict[Tensor, str]) -> dict[str, set[int]]:
-        """Which parameters each layer has, by `id`."""
-        found: dict[str, set[int]] = {}
-        for p, name in names.items():
-            layer = self._layer(name)
-            if layer is not None and not is_lazy(p):
-                found.setdefault(layer, set()).add(id(p))
-        return found
-
     def _ensure_engine(self) -> Engine:
         """The engine of the parameters as they are now."""
         held = self._listing is not None and self._listing.holds(self.param_groups)
@@ -587,6 +592,7 @@ class OscGD(Optimizer):
                 adapter=self._adapter,
                 recorder=self._recorder,
                 edited=edited,
+                copy_gradients=self._copy_gradients,
             )
             engine.windows = self._windows
             self._engine, self._ranks = engine, engine.ranks

@@ -16,8 +16,33 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 
+NEEDS_GPU = "needs a GPU"
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+            item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+
+
+def fail_if_skipped(report):
+    """With CI=true a test fails that is skipped for anything but a GPU: it would never run anywhere."""
+    if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason != NEEDS_GPU:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"skipped with CI=true: {reason}\n"
+                "Install what it needs: pip install -e '.[test]'; apt-get install chromium"
+            )
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return fail_if_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return fail_if_skipped((yield))

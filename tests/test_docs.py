@@ -1,16 +1,21 @@
-"""The snippets of docs/guide.md, run from top to bottom."""
+"""The snippets of docs/guide.md, run from top to bottom, and the commands of all pages."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+GUIDE = ROOT / "docs" / "guide.md"
 SNIPPET = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?```python\n(?P<code>.*?)```", re.S)
 
 
@@ -58,3 +63,27 @@ def test_snippet_of_several_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     printed = re.findall(r"\[ *nan[^\]]*\]", done.stdout)
     assert len(printed) == 2 and printed[0] == printed[1]
+
+
+COMMAND = re.compile(
+    r"(?:^    |`)(?:torchrun --nproc-per-node 2|python) (benchmarks/\w+\.py|-m oscopt[\w.]+)([^`\n]*)", re.M
+)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/measured/compare.md"]
+
+
+def test_commands_are_commands():
+    """Every command of every page is one that its script understands."""
+    seen = set()
+    for page in pages():
+        for script, rest in COMMAND.findall(page.read_text()):
+            seen.add(script)
+            if script.startswith("-m"):
+                continue  # tests/kernels/test_aot.py starts it
+            words = shlex.split(rest.split(" # ")[0].replace(" ...", ""))
+            words = [word for word in words if word != "\\"]
+            parsed = importlib.import_module(Path(script).stem).parser().parse_args(words)
+            assert parsed, (page, script, rest)
+    assert {"benchmarks/run.py", "benchmarks/reproduce.py", "benchmarks/kernels.py"} <= seen

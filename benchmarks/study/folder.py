@@ -6,21 +6,23 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from oscopt import atomic
+
 from .config import Config
 from .errors import UserError
+from .experiments import check_experiments
 
 CONFIG, EPOCHS, VERDICT = "config.json", "epochs.csv", "verdict.json"
 HISTORY, UPDATES, MATRICES = "history.npz", "updates.npz", "matrices.npz"
 CHECKPOINT, OLDER = "checkpoint.pt", "checkpoint-older.pt"
 _LOCK = ".lock"
-_PART = ".part"
 
 
 class Folder:
@@ -50,7 +52,7 @@ class Folder:
                 f"--out {self.path}: another process is running there; wait or use another"
             ) from None
         for name in os.listdir(self.path):  # what a killed process was writing
-            if name.startswith(".") and name.endswith(_PART):
+            if name.startswith(".") and name.endswith(atomic.SUFFIX):
                 os.unlink(self.path / name)
 
     def close(self) -> None:
@@ -81,31 +83,14 @@ class Folder:
         Raises:
             UserError: there is no room, or another error of the disk; what was there stays.
         """
-        temporary = self.path / f".{name}{_PART}"  # there is one writer: see the lock
         try:
-            with open(temporary, mode) as file:
+            with atomic.writing(self / name, mode, keep=None if keep is None else self / keep) as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
-            if keep is not None and (self / name).exists():
-                os.replace(self / name, self / keep)
-            os.replace(temporary, self / name)
-            self._sync()
         except OSError as error:
             raise UserError(
                 f"{self / name} could not be written ({error.strerror or error}); earlier files are whole: "
                 "make room and --resume"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _sync(self) -> None:
-        """Put the names on the disk as well."""
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
     # ---- settings ----------------------------------------------------------------------------------------
 
@@ -128,27 +113,33 @@ class Folder:
         with self.writing(CHECKPOINT, "wb", keep=OLDER) as file:
             file.write(whole.getbuffer())
 
-    def load_checkpoint(self) -> tuple[dict[str, Any] | None, str]:
-        """The newest checkpoint that can be read (None: there is none yet), and what was wrong, if anything.
+    def load_checkpoint(self, load: Callable[[dict[str, Any]], None]) -> tuple[dict[str, Any] | None, str]:
+        """The newest checkpoint that `load` takes (None: there is none yet), and what was wrong, if anything.
+
+        Args:
+            load: takes a checkpoint over, or raises anything at all if it does not fit; then the one before
+                is tried.
 
         Raises:
-            UserError: there are some, and all are damaged.
+            UserError: there are some, and none can be taken.
         """
-        damaged = []
+        wrong = []
         for name in (CHECKPOINT, OLDER):
             if (self / name).exists():
                 try:
                     state = torch.load(self / name, weights_only=True)
-                    return (
-                        state,
-                        f"{' and '.join(damaged)} is damaged: going on from {name}" if damaged else "",
-                    )
                 except Exception:  # torch.load raises whatever it stumbles on
-                    damaged.append(name)
-        if damaged:
-            raise UserError(
-                f"{' and '.join(damaged)} in {self.path} are damaged; start anew with --overwrite"
-            )
+                    wrong.append(f"{name} is damaged")
+                    continue
+                try:
+                    load(state)
+                except Exception as error:  # as do those that take over what was never checked
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    wrong.append(f"{name} does not fit ({reason})")
+                    continue
+                return state, f"{' and '.join(wrong)}: going on from {name}" if wrong else ""
+        if wrong:
+            raise UserError(f"{self.path}: {' and '.join(wrong)}; start anew with --overwrite")
         return None, ""
 
 
@@ -160,10 +151,14 @@ def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
     """
     try:
         content = json.loads((path / CONFIG).read_text())
-        return Config.from_dict(content["settings"]), content["machine"]
+        config, machine = Config.from_dict(content["settings"]), dict(content["machine"])
+        check_experiments([config.experiment])
+        for key in ("date", "oscopt", "torch", "processor", "cores", "gpu"):
+            machine[key]
+        return config, machine
     except FileNotFoundError:
         raise UserError(f"{path} holds no run: it lacks {CONFIG}") from None
     except OSError as error:
         raise UserError(f"{path / CONFIG} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path / CONFIG} is damaged ({error}); start anew with --overwrite") from None

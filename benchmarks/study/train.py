@@ -12,22 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oscopt import History, OscGD, OscMonitor, Window
 
-from . import data, models, parallel
+from . import data, memory, models, parallel
 from .config import WINDOW, Config
 from .errors import Diverged, Interrupted, UserError
 from .folder import Folder
 from .rules import Record
 from .sharpness import top_eigenvalue
 
-GD = ("oscgd", "sgd")
 OTHERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
-OPTIMIZERS = (*GD, *OTHERS)
-"""OscGD measures itself; torch's optimizers, SGD among them, are measured by OscMonitor."""
+"""Other than gradient descent: that is "oscgd", which measures itself, or "sgd", measured by OscMonitor."""
 
 
 @dataclass
@@ -66,17 +64,18 @@ class Trainer:
         if side < models.SMALLEST[config.model]:
             least = models.SMALLEST[config.model]
             raise UserError(f"--image-size {side}: {config.model} takes pictures of at least {least} pixels")
-        # Convolutions are 1.3 to 2.3 times as fast so.
-        layout = torch.channels_last
+        # Convolutions are 1.3 to 2.3 times as fast so. On some CPUs, torch's with fewer than 8 channels write
+        # beyond their memory then.
+        narrow = self.device.type == "cpu" and config.width < 8
+        layout = torch.contiguous_format if narrow else torch.channels_last
         self.count = len(labels)
-        self.batches = list(
-            zip(
-                pictures.to(self.device).split(config.micro_batch),
-                labels.to(self.device).split(config.micro_batch),
-                strict=True,
-            )
-        )
-        self.batches = [(x.contiguous(memory_format=layout), y) for x, y in self.batches]
+        # Even parts: batch norm in a small last one would be another.
+        parts = -(-self.count // config.micro_batch)
+        pieces = (t.to(self.device).tensor_split(parts) for t in (pictures, labels))
+        self.batches = [(x.contiguous(memory_format=layout), y) for x, y in zip(*pieces, strict=True)]
+        with torch.device("meta"):
+            shapes = models.build(config.model, channels, side, config.width, config.seed)
+        self._check(shapes)
         model = models.build(config.model, channels, side, config.width, config.seed)
         self.model = model.to(self.device, memory_format=layout)
         self._labels = torch.cat([y for _, y in self.batches])
@@ -84,10 +83,22 @@ class Trainer:
         if config.precision == "bf16":
             self._precision = lambda: torch.autocast(self.device.type, torch.bfloat16)
         self._forward = torch.compile(self.model) if config.compile else self.model
-        self._attach(History(), History())
+        self._attach(History(limit=None), History(limit=None))
         self.progress = Progress()
         self.matrices: dict[int, dict[str, np.ndarray]] = {}
         self._window: tuple[int, Window] | None = None
+
+    def _check(self, model: nn.Module) -> None:
+        """Raise if this machine cannot train `model`, which has no memory yet."""
+        kept = 3 + 2 * (self.config.optimizer in OTHERS)  # weights, two gradients; an optimizer's own
+        size = sum(4 * p.numel() for p in model.parameters())
+        memory.check(kept * size, "the net", "--width or --image-size", self.device)
+        smallest = len(self.batches[-1][1])
+        if smallest < 2 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+            raise UserError(
+                f"{self.config.model} has batch norm, which needs two pictures at least in each "
+                "micro-batch; use a larger --micro-batch or --n-train"
+            )
 
     @property
     def history(self) -> History:
@@ -189,6 +200,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on, and everything recorded: tensors and plain values."""
         return {
+            "settings": self.config.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "monitor": self.meter.state_dict() if isinstance(self.meter, OscMonitor) else {},
@@ -202,10 +214,20 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, to the same bits on the same machine."""
+        """Go on where `state` was taken, to the same bits on the same machine.
+
+        Raises:
+            ValueError: it is of a run with other settings, or its parts are of different epochs.
+            Exception: any that its parts raise if it is no checkpoint. Load another then, or go no further.
+        """
+        if not isinstance(state, dict) or "settings" not in state:
+            raise ValueError("it has no settings, as every checkpoint of this version has")
+        ours, theirs = self.config.to_dict(), state["settings"]
+        if differing := [key for key in ours if ours[key] != theirs.get(key)]:
+            raise ValueError(f"it is of a run with {differing[0]} {theirs.get(differing[0])}")
         self.model.load_state_dict(state["model"])
         recorded = [
-            History.from_state_dict(state[key]) if state[key] else History()
+            History.from_state_dict(state[key]) if state[key] else History(limit=None)
             for key in ("history", "update_history")
         ]
         self._attach(*recorded)
@@ -217,6 +239,9 @@ class Trainer:
             epoch: {key: m.numpy() for key, m in matrices.items()}
             for epoch, matrices in state["matrices"].items()
         }
+        counts = {len(values) for values in vars(self.progress).values()} | {len(self.history)}
+        if len(counts) > 1 or len(self.progress) > self.config.epochs:
+            raise ValueError(f"its parts are of {' and '.join(map(str, sorted(counts)))} epochs")
 
     def _attach(self, history: History, update_history: History) -> None:
         """Make the optimizer and what measures its gradients, and its updates if they differ."""

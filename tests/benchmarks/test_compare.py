@@ -15,6 +15,8 @@ from race.train import train
 from study import data
 from study.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SMALL = tasks.Task("small", 30, 1.0, tasks._quadratic(20.0))
 NET = tasks.Task("net", 3, 0.5, tasks._pictures("linear", "mnist5k", 40, 8, 1, None), dataset="mnist5k")
 AWAY = tasks.Task(

@@ -11,6 +11,7 @@ import torch
 import kernels
 from micro import contenders, timing
 from micro.sets import MODELS, SWEEP, flat_set, model_set
+from study import memory
 
 
 def rows_in(folder):
@@ -100,7 +101,7 @@ def test_some_contenders_and_what_they_are_compared_to(tmp_path):
 
 
 def test_not_enough_memory_skips_the_set(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "bytes_free", lambda device: 10**6)
+    monkeypatch.setattr(memory, "free", lambda device: 10**6)
     arguments = ["--sizes", "1e3", "1e6", "--seconds", "0.1", "--cold", "--device", "cpu", "--no-compile"]
     assert kernels.main([*arguments, "--out", str(tmp_path)]) == 0
     assert "skipped: it needs 0.1 GiB of memory, 0.0 GiB are free" in capsys.readouterr().out

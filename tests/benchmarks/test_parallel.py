@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from oscopt import History
 
+pytestmark = pytest.mark.slow
+
 RUN = str(Path(__file__).parents[2] / "benchmarks" / "run.py")
 SETTINGS = (
-    "--model resnet18 --n-train 90 --micro-batch 20 --width 4 --image-size 12 --lr 0.01 --threads 1".split()
+    "--model resnet18 --n-train 90 --micro-batch 20 --width 8 --image-size 12 --lr 0.01 --threads 1".split()
 )
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 

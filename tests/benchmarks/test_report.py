@@ -18,6 +18,8 @@ from oscopt import History
 from study import figure, report, rules, summary
 from study.experiments import TABLE
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 

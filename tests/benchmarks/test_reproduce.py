@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import reproduce
 
+pytestmark = pytest.mark.slow
+
 REPRODUCE = Path(reproduce.__file__)
 
 

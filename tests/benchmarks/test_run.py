@@ -34,8 +34,10 @@ from study.experiments import TABLE
 from study.folder import Folder
 from study.train import Trainer
 
+pytestmark = pytest.mark.slow
+
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
-FAST = ("--n-train", "64", "--micro-batch", "24", "--width", "4", "--threads", "1")
+FAST = ("--n-train", "64", "--micro-batch", "24", "--width", "8", "--threads", "1")
 
 
 @dataclass
@@ -264,7 +266,7 @@ def test_stopped_between_epochs_resumes_to_the_same_bits(tmp_path, stop, optimiz
             train.run(first, folder, kill)
         assert stopped.value.exit_code == 143 and len(first.progress) == stop  # not an epoch more
         resumed = Trainer(config)
-        resumed.load_state_dict(folder.load_checkpoint()[0])
+        folder.load_checkpoint(resumed.load_state_dict)
         assert len(resumed.progress) == min(stop, 4) if stop < 8 else stop
         train.run(resumed, folder, lambda _: None)
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
@@ -417,7 +419,11 @@ def test_damaged_checkpoints(tmp_path, call, undisturbed):
     assert_same_run(whole, undisturbed)
     for path in (newest, older):
         path.write_bytes(b"rubbish")
-    assert_refused(call("--resume", "--out", whole), "are damaged", "--overwrite")
+    assert_refused(
+        call("--resume", "--out", whole),
+        "checkpoint.pt is damaged and checkpoint-older.pt is damaged",
+        "--overwrite",
+    )
     (whole / "config.json").write_text("{")
     assert_refused(call("--resume", "--out", whole), "config.json is damaged")
 
@@ -479,7 +485,9 @@ def test_a_checkpoint_bomb_executes_nothing(tmp_path, call, finished):
     out = shutil.copytree(finished, tmp_path / "run")
     for name in ("checkpoint.pt", "checkpoint-older.pt"):
         torch.save({"model": Bomb(tmp_path / "boom")}, out / name)
-    assert_refused(call("--resume", "--out", out), "are damaged")
+    assert_refused(
+        call("--resume", "--out", out), "checkpoint.pt is damaged and checkpoint-older.pt is damaged"
+    )
     assert not (tmp_path / "boom").exists()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -195,6 +197,40 @@ def test_reruns_agree_bit_for_bit(name):
         assert all(torch.equal(a, b) for a, b in zip(params, results[0][0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("momentum", [False, True])
+def test_every_form_of_the_cpu_kernel_gives_the_same_bits(monkeypatch, dtype, momentum):
+    """Parts and prefetching change the speed only, with one thread and with two."""
+    numba_backend = pytest.importorskip("oscopt.kernels.numba_backend")
+    generator = torch.Generator().manual_seed(3)
+    sizes = [100_003, 5, 33_000, 31]
+    first = [[make(n, "plain", dtype, 1.0, generator).cpu() for n in sizes] for _ in range(3)]
+    results = []
+    for form in (*numba_backend._FORMS.values(), numba_backend._UNKNOWN, numba_backend.Form(64, 64)):
+        monkeypatch.setattr(numba_backend, "FORM", form)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            params, grads, prevs = ([t.clone() for t in tensors] for tensors in first)
+            bufs = [torch.ones_like(p) if momentum else None for p in params]
+            out = torch.empty((4, 2), dtype=torch.float64)
+            plan = plan_for("numba", params, grads, [0, 0, 1, 1], 2)
+            plan.step(grads, prevs, bufs, [True, False] * 2, [0] * 4, [FULL], out)
+            results.append([out, *params, *prevs, *(b for b in bufs if b is not None)])
+    for tensors in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(tensors, results[0], strict=True))
+
+
+def test_form_is_chosen_by_the_processor():
+    numba_backend = pytest.importorskip("oscopt.kernels.numba_backend")
+    chosen = numba_backend.chosen_form
+    assert chosen("znver4", None) == (2048, 0) and chosen("sapphirerapids", "") == (512, 2048)
+    assert chosen("a processor of tomorrow", None) == numba_backend._UNKNOWN
+    assert chosen("znver4", "128,1024") == (128, 1024)
+    for bad in ("128", "100,0", "128,32", "0,0", "-64,0", "128,1024,1", "a,b"):
+        with pytest.raises(ValueError, match="OSCOPT_CPU_FORM=.*multiples of 64"):
+            chosen("znver4", bad)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_groups_with_and_without_momentum(name):
     """Rows of hyperparameters differ by tensor, a buffer is only where it is given."""
@@ -265,3 +301,19 @@ def test_hint_without_numba(monkeypatch):
     with pytest.warns(UserWarning, match=r"numba is not installed.*pip install 'oscopt\[cpu\]'") as caught:
         names = [kernels.backend("auto", torch.device("cpu")).NAME for _ in range(3)]
     assert names == ["torch"] * 3 and len(caught) == 1
+
+
+def test_compiling_is_told_where_it_happens(tmp_path, monkeypatch, caplog):
+    """Not where a kernel is loaded from disk."""
+    numba_backend = pytest.importorskip("oscopt.kernels.numba_backend")
+    source = "from numba import njit\n\n\n@njit(cache=True)\ndef kernel(x):\n    return x + 1\n"
+    (tmp_path / "fresh_kernel.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    told = []
+    for _ in range(2):
+        sys.modules.pop("fresh_kernel", None)
+        numba_backend._call(importlib.import_module("fresh_kernel").kernel, (1.0,), torch.float32)
+        told.append([record.getMessage() for record in caplog.records])
+        caplog.clear()
+    assert len(told[0]) == 1 and "compiling oscopt's CPU kernel for torch.float32" in told[0][0]
+    assert told[1] == []

@@ -522,6 +522,31 @@ def test_wrong_shape(returned, lag):
         OscGD(small_net().named_parameters(), lr=0.1, adapt=policy)
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("error", [None, ZeroDivisionError])
+def test_a_policy_that_goes_wrong_later(lag, error):
+    """The error comes before a step has changed anything; training can go on with the last good scales."""
+    asked = []
+
+    def policy(measured):
+        asked.append(1)
+        if len(asked) != 4:  # once when it is made, then once a step
+            return measured.scale
+        return 1 / 0 if error else torch.ones(7)
+
+    policy.lag = lag
+    net = small_net()
+    optimizer = OscGD(net.named_parameters(), lr=0.1, adapt=policy)
+    train(net, optimizer, 3 if lag else 2)
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(error or ValueError):
+        train(net, optimizer, 1)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    train(net, optimizer, 2)
+    assert not all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert list(optimizer.history.steps) == sorted(set(optimizer.history.steps.tolist()))
+
+
 @pytest.mark.parametrize("state", [3.0, [torch.ones(3)], {"mean": 0.5}], ids=str)
 def test_wrong_state(state):
     with pytest.raises(ValueError, match="returned the state .*; return a dict of tensors"):

@@ -15,6 +15,8 @@ from torch import nn
 from oscopt import History, OscGD, OscMonitor, recorder
 from oscopt.adapt import CosineStep, SecantStep
 
+pytestmark = pytest.mark.slow
+
 WARM, STEPS = 3, 6
 CASES = {
     "plain": {},
@@ -348,8 +350,13 @@ def test_captures_that_cannot_be(monkeypatch):
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
     unchanged(named, optimizer, RuntimeError, "lr is a tensor on meta")
     named, optimizer = warm()
-    for _ in range(8):
-        captured(optimizer)
+    kept = []  # so that every capture finds its gradients at another place
+    for n in range(9):
+        kept.append([torch.ones_like(p) for _, p in named])
+        for (_, p), g in zip(named, kept[-1], strict=True):
+            p.grad = g
+        if n < 8:
+            captured(optimizer)
     unchanged(named, optimizer, RuntimeError, "tables made ahead for captures are used up")
     eager(named, optimizer, gradients(), [3])
     captured(optimizer)  # as the message says
@@ -482,6 +489,28 @@ def test_what_a_graph_uses_stays(monkeypatch):
         for _, p in named:
             p.grad = None
         assert graph.dangling() > 0  # it can tell
+
+
+def test_capturing_anew_holds_nothing_more(monkeypatch):
+    """What graphs use is kept for them, once."""
+    named, optimizer = warm(momentum=0.9)
+    plans = [plan for plans in optimizer._engine._plans.values() for _, plan in plans]
+    batches = [batch for plan in plans for _, batch in plan._batches]
+    held = []
+    for _ in range(12):  # more than there are spare tables
+        graph = FakeGraph(monkeypatch)
+        with graph.capture():
+            optimizer.step()
+        held.append((len(optimizer._captured[1]), *(len(batch._captured) for batch in batches)))
+    assert held == held[:1] * 12
+    for _, p in named:
+        p.grad = p.grad.clone()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    eager(named, optimizer, gradients(), [0, 1, 2])
+    old = optimizer._captured[0]
+    with FakeGraph(monkeypatch).capture():
+        optimizer.step()
+    assert optimizer._captured[0] is not old  # those of the engine before are let go
 
 
 def test_a_policy_that_keeps_what_it_is_shown(monkeypatch):

@@ -30,6 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from oscopt import OscGD, OscMonitor
 from oscopt.adapt import CosineStep
 
+pytestmark = pytest.mark.slow
+
 SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm")
 LR = 0.1
 
@@ -134,6 +136,11 @@ def fsdp(rank, world):
             assert "prev_grad" not in optimizer.state[p] or isinstance(
                 optimizer.state[p]["prev_grad"], DTensor
             )
+        copied = copy.deepcopy(optimizer.state_dict())["state"]
+        for i, p in enumerate(model.parameters()):
+            for key, value in optimizer.state[p].items():
+                if isinstance(value, DTensor):
+                    assert torch.equal(copied[i][key].full_tensor(), value.full_tensor()), (i, key)
 
 
 def fsdp_with_reused_gradients(rank, world):

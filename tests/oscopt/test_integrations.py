@@ -12,6 +12,8 @@ from torch import nn
 
 from oscopt import History, OscGD, OscMonitor, loggers
 
+pytestmark = pytest.mark.slow
+
 
 def trained(steps: int = 8, **options) -> OscGD:
     net = small_net()
@@ -118,6 +120,7 @@ def test_wandb(tmp_path, monkeypatch):
     loggers.log_to_wandb(run, optimizer.history)
     summary = dict(run.summary)
     run.finish()
+    wandb.teardown()  # or later runs of this process begin in today's working directory
     assert [values["oscopt/step"] for values in logged] == [1, 2, 3]
     assert logged[-1]["oscopt/correlation"] == optimizer.global_correlation.item()
     assert summary["oscopt/correlation/4"] == optimizer.correlation[2].item()

@@ -1,0 +1,74 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes that write one file at a time do not wait for each other
+    fcntl = None
+
+SUFFIX = ".part"
+"""How the name of a file that is being written ends; it begins with a dot."""
+
+
+@contextmanager
+def writing(path: str | os.PathLike, mode: str = "wb", *, keep: Path | None = None) -> Iterator[IO[Any]]:
+    """A file that appears under `path` when it is complete and on the disk.
+
+    Until then it is called `.NAME.part`. A process that is killed leaves it there, and the next one that
+    writes to `path` takes it over; one that is still being written is waited for.
+
+    Args:
+        mode: "wb", or "w" for text.
+        keep: name that the file which is there gets; None: it is replaced.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}{SUFFIX}")
+    file = _taken(temporary, mode)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                os.replace(path, keep)
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _taken(path: Path, mode: str) -> IO[Any]:
+    """The empty file `path`, which no other process writes; opening it empties nothing yet."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), mode)
+        if fcntl is None:
+            break
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # another one has finished it meanwhile
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()
+    file.truncate(0)
+    return file
+
+
+def _sync(folder: Path) -> None:
+    """Put the names on the disk as well."""
+    if fcntl is None:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,74 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from oscopt import History, atomic
+
+SAVE = """
+import os, signal, sys
+import numpy as np
+from oscopt import History, atomic
+savez = np.savez_compressed
+def half(file, **arrays):
+    savez(file, **arrays)
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+np.savez_compressed = half
+History().save(sys.argv[1])
+"""
+
+
+def test_the_next_save_takes_over_what_a_killed_one_left(tmp_path):
+    path = tmp_path / "history.npz"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", SAVE, str(path)], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert os.listdir(tmp_path) == [".history.npz.part"]
+    History().save(path)
+    assert os.listdir(tmp_path) == ["history.npz"] and len(History.load(path)) == 0
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), atomic.writing(path, "w") as file:
+        file.write("half")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["file"] and path.read_text() == "before"
+    with atomic.writing(path, "w", keep=tmp_path / "older") as file:
+        file.write("x")
+    assert path.read_text() == "x" and (tmp_path / "older").read_text() == "before"
+
+
+def _save(path, value):
+    for _ in range(50):
+        with atomic.writing(path) as file:
+            np.save(file, np.full(1000 + value, value))
+
+
+def test_several_writers_of_one_file(tmp_path):
+    """Each version is whole."""
+    path = tmp_path / "array.npy"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_save, args=(path, value)) for value in range(3)]
+    for writer in writers:
+        writer.start()
+    seen = set()
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            values = np.load(path)
+            assert (values == len(values) - 1000).all()
+            seen.add(len(values))
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert seen and os.listdir(tmp_path) == ["array.npy"]

@@ -21,13 +21,18 @@ def unavailable(device: torch.device) -> str:
     return ""
 
 
-def sums(grad: Tensor, prev: Tensor) -> Tensor:
-    """The four sums of two gradients of one shape: float64, shape (4,)."""
-    total = torch.zeros(4, dtype=torch.float64, device=grad.device)
-    for g, q in zip(grad.reshape(-1).split(_CHUNK), prev.reshape(-1).split(_CHUNK), strict=True):
-        g, q = g.double(), q.double()
-        d = g - q
-        total += torch.stack([g.dot(q), g.dot(g), d.dot(d), q.dot(q)])
+def sums(grad: Tensor, prev: Tensor | None, momentum: Tensor | None, sign: float) -> Tensor:
+    """The sums of tensors of one shape: float64, shape (6,); zeros for what is None."""
+    total = torch.zeros(6, dtype=torch.float64, device=grad.device)
+    none = torch.zeros((), dtype=torch.float64, device=grad.device)
+    parts = [None if x is None else x.reshape(-1).split(_CHUNK) for x in (grad, prev, momentum)]
+    for i, g in enumerate(parts[0]):
+        g = g.double()
+        q, b = (None if part is None else part[i].double() for part in parts[1:])
+        pair = [none] * 3 if q is None else [g.dot(q), (g - q).dot(g - q), q.dot(q)]
+        total += torch.stack(
+            [pair[0], g.dot(g), *pair[1:], *([none] * 2 if b is None else [sign * g.dot(b), b.dot(b)])]
+        )
     return total
 
 
@@ -43,12 +48,18 @@ class Batch:
         """Nothing is needed."""
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
-        if prevs is not None:
+        if out is not None:
             out.zero_()
             for i, layer in enumerate(self._layer_of):
                 if layer >= 0:
-                    out[:, layer] += sums(grads[i], prevs[i])
+                    prev, buf = (None if tensors is None else tensors[i] for tensors in (prevs, bufs))
+                    sign = 1.0 if hyper is None else hyper[rows[i]][5]
+                    out[:, layer] += sums(grads[i], prev, buf, sign)
             out.masked_fill_(~out.isfinite(), torch.nan)
+            if prevs is None:
+                out[[0, 2, 3]] = torch.nan
+            if bufs is None:
+                out[4:] = torch.nan
         bufs = bufs or [None] * len(grads)
         if hyper is not None:
             for row in sorted(set(rows)):

@@ -3,19 +3,23 @@
 A *plan* steps a fixed list of parameters on one device. One call of :meth:`Plan.step` updates every
 parameter and, in the same pass over memory, sums for every layer, in float64,
 
-==== =============== ==========================================
-row  name            formula
-==== =============== ==========================================
-0    `dot`           <g_t, g_{t-1}>
-1    `sq_norm`       ||g_t||^2
-2    `diff_sq_norm`  ||g_t - g_{t-1}||^2, from the differences
-3    `prev_sq_norm`  ||g_{t-1}||^2
-==== =============== ==========================================
+==== ================== ===================================================
+row  name               formula
+==== ================== ===================================================
+0    `dot`              <g_t, g_{t-1}>
+1    `sq_norm`          ||g_t||^2
+2    `diff_sq_norm`     ||g_t - g_{t-1}||^2, from the differences
+3    `prev_sq_norm`     ||g_{t-1}||^2
+4    `alignment`        <sign g_t, b_{t-1}>, sign: -1 to maximize, else 1
+5    `momentum_sq_norm` ||b_{t-1}||^2
+==== ================== ===================================================
 
-A sum that is not finite is NaN.
+with b_{t-1} the momentum buffer as the step finds it (zero where there is none). A sum that is not finite, or
+was not taken, is NaN.
 
-The fourth sum costs no memory traffic (g_{t-1} is being read anyway) and makes every row complete in
-itself: a correlation never needs the row before it, so skipped steps and restored runs measure exactly.
+The fourth and the sixth sum cost no memory traffic (g_{t-1} and b_{t-1} are being read anyway) and make every
+row complete in itself: a correlation never needs the row before it, so skipped steps and restored runs
+measure exactly.
 
 A backend is a module with
 
@@ -40,7 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm")
+SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm", "alignment", "momentum_sq_norm")
 """Names of the rows of a plan's output."""
 
 BACKENDS = ("triton", "numba", "torch")
@@ -53,6 +57,12 @@ momentum buffer and g the gradient::
     d = sign * g + weight_decay * x
     b = decay * b + gain * d;  d = d + lookahead * b  if lookahead != 0 else  b     (only with a buffer)
     x = x - lr * d
+
+or, where the step is given a `bound` for the layer, which is a step of bounded momentum with decoupled weight
+decay (a b that is not finite makes x NaN)::
+
+    b = decay * b + gain * sign * g
+    x = x - lr * (clip(b, -bound, bound) + weight_decay * bound * x)
 
 `decay` is the momentum (0 in a buffer's first step), `gain` is 1 - dampening (1 in a buffer's first
 step), `lookahead` is the momentum of Nesterov's form or 0, `sign` is -1 to maximize."""
@@ -88,24 +98,24 @@ class BatchProtocol(Protocol):
         hyper: Sequence[tuple[float, ...]] | None,
         out: Tensor | None,
         scale: Tensor | None = None,
+        bound: Tensor | None = None,
     ) -> None:
         """Do one step.
 
         Args:
             grads: gradients, with the sizes and strides of the parameters.
-            prevs: the gradients to measure against, alike; None: update only. `prevs[i] is grads[i]`
-                where there is none.
-            bufs: momentum buffers, alike, or None where there is no momentum; None: nowhere.
+            prevs: the gradients to measure against, alike; `prevs[i] is grads[i]` where there is none.
+                None: `dot`, `diff_sq_norm` and `prev_sq_norm` are not taken.
+            bufs: momentum buffers, alike, or None where there is no momentum. None: nowhere, and `alignment`
+                and `momentum_sq_norm` are not taken.
             copies: where True, `prevs[i]` holds the values of `grads[i]` afterwards. None: nowhere.
             rows: the row of `hyper` for each parameter.
             hyper: rows of :data:`HYPER`; None: measure only, nothing but `prevs` and `out` is written.
-            out: float64 tensor of shape (4, num_layers), overwritten with :data:`SUMS`; None: as `prevs`.
+            out: float64 tensor of shape (6, num_layers), overwritten with :data:`SUMS`; None: update only.
             scale: float64 tensor of shape (num_layers,) on the parameters' device, by which each layer's `lr`
                 is multiplied; by `scale_of`; elsewhere it stays. None: ones.
-
-        A batch that sketches (:mod:`oscopt.kernels.sketch`) keeps what it measures against itself: `prevs[i]`
-        is what is kept of the last gradient, shape (kept_size,), always overwritten with what is kept of this
-        one (where `layer_of` is -1, it is not looked at), and `out` has a fifth row, the variance of `dot`.
+            bound: alike, not negative: bounds of the update, where there is a momentum buffer; infinite: none.
+                None: nowhere.
         """
 
 
@@ -217,12 +227,12 @@ class Plan:
         for _, batch in self._batches:
             batch.prepare_capture()
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
         """Do one step of all parameters; the arguments are :meth:`BatchProtocol.step`'s."""
         for n, (index, batch) in enumerate(self._batches):
             target = out if n == 0 or out is None else torch.empty_like(out)
             values = (pick(v, index) for v in (grads, prevs, bufs, copies, rows))
-            batch.step(*values, hyper, target, scale)
+            batch.step(*values, hyper, target, scale, bound)
             if n and out is not None:
                 out += target
 

@@ -25,16 +25,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import SUMS, triton_backend
+from . import triton_backend
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 _UPDATES = ("", "+momentum", "+copy", "+momentum+copy")
 VARIANTS = (
     *(f"measure{more}{scaled}" for scaled in ("", "+scaled") for more in _UPDATES),
+    *(f"align+momentum{scaled}" for scaled in ("", "+scaled")),
     *(f"update{more}{scaled}" for scaled in ("", "+scaled") for more in ("", "+momentum")),
     *("monitor", "monitor+copy"),
 )
-"""Names of the variants of the step kernel: what it does, joined by "+"."""
+"""Names of the variants of the step kernel: what it does, joined by "+". "measure" is against the last
+gradient (and the momentum, where there is any), "align" against the momentum alone, both with the update;
+"monitor" is against the last gradient without it."""
 
 REDUCE = "reduce"
 """Name of the kernel that sums up layers, always in float64."""
@@ -91,7 +94,7 @@ def compile_variant(target: str, dtype: torch.dtype, variant: str):
     gpu = parse_target(target)
     if variant == REDUCE:
         kernel = triton_backend.reduce_kernel
-        constants = {"SUMS": len(SUMS), "BLOCK": triton_backend.REDUCE_BLOCK}
+        constants = {"PAIR": True, "ALIGN": True, "BLOCK": triton_backend.REDUCE_BLOCK}
         options = triton_backend.REDUCE_OPTIONS
     else:
         parts = variant.split("+")
@@ -99,6 +102,7 @@ def compile_variant(target: str, dtype: torch.dtype, variant: str):
             dtype,
             update="monitor" not in parts,
             measure="update" not in parts,
+            pair=not {"update", "align"} & set(parts),
             **{part: part in parts for part in ("momentum", "copy", "scaled")},
         )
         kernel = triton_backend.step_kernel

@@ -21,13 +21,18 @@ def unavailable(device: torch.device) -> str:
     return ""
 
 
-def sums(grad: Tensor, prev: Tensor) -> Tensor:
-    """The four sums of two gradients of one shape: float64, shape (4,)."""
-    total = torch.zeros(4, dtype=torch.float64, device=grad.device)
-    for g, q in zip(grad.reshape(-1).split(_CHUNK), prev.reshape(-1).split(_CHUNK), strict=True):
-        g, q = g.double(), q.double()
-        d = g - q
-        total += torch.stack([g.dot(q), g.dot(g), d.dot(d), q.dot(q)])
+def sums(grad: Tensor, prev: Tensor | None, momentum: Tensor | None, sign: float) -> Tensor:
+    """The sums of tensors of one shape: float64, shape (6,); zeros for what is None."""
+    total = torch.zeros(6, dtype=torch.float64, device=grad.device)
+    none = torch.zeros((), dtype=torch.float64, device=grad.device)
+    parts = [None if x is None else x.reshape(-1).split(_CHUNK) for x in (grad, prev, momentum)]
+    for i, g in enumerate(parts[0]):
+        g = g.double()
+        q, b = (None if part is None else part[i].double() for part in parts[1:])
+        pair = [none] * 3 if q is None else [g.dot(q), (g - q).dot(g - q), q.dot(q)]
+        total += torch.stack(
+            [pair[0], g.dot(g), *pair[1:], *([none] * 2 if b is None else [sign * g.dot(b), b.dot(b)])]
+        )
     return total
 
 
@@ -42,13 +47,19 @@ class Batch:
     def prepare_capture(self) -> None:
         """Nothing is needed."""
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
-        if prevs is not None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
+        if out is not None:
             out.zero_()
             for i, layer in enumerate(self._layer_of):
                 if layer >= 0:
-                    out[:, layer] += sums(grads[i], prevs[i])
+                    prev, buf = (None if tensors is None else tensors[i] for tensors in (prevs, bufs))
+                    sign = 1.0 if hyper is None else hyper[rows[i]][5]
+                    out[:, layer] += sums(grads[i], prev, buf, sign)
             out.masked_fill_(~out.isfinite(), torch.nan)
+            if prevs is None:
+                out[[0, 2, 3]] = torch.nan
+            if bufs is None:
+                out[4:] = torch.nan
         bufs = bufs or [None] * len(grads)
         if hyper is not None:
             for row in sorted(set(rows)):
@@ -59,18 +70,25 @@ class Batch:
                             [self._params[i] for i in index],
                             [grads[i] for i in index],
                             [bufs[i] for i in index] if momentum else None,
-                            None if scale is None else [self._scale(scale, i) for i in index],
+                            None if scale is None else [self._entry(scale, i, 1.0) for i in index],
+                            None if bound is None else [self._entry(bound, i, torch.inf) for i in index],
                             *hyper[row],
                         )
         for i in (i for i, copy in enumerate(copies or ()) if copy):
             prevs[i].copy_(grads[i])
 
-    def _scale(self, scale: Tensor, i: int) -> Tensor:
-        """What multiplies the learning rate of parameter i: float64, 0-dim."""
-        return scale[self._scale_of[i]] if self._scale_of[i] >= 0 else torch.ones_like(scale[0])
+    def _entry(self, values: Tensor, i: int, none: float) -> Tensor:
+        """What `values` has for the layer of parameter i, or `none`: float64, 0-dim."""
+        layer = self._scale_of[i]
+        return values[layer] if layer >= 0 else torch.full((), none, dtype=values.dtype, device=values.device)
 
 
-def _update(params, grads, bufs, scales, lr, decay, gain, weight_decay, lookahead, sign) -> None:
+def _update(params, grads, bufs, scales, bounds, lr, decay, gain, weight_decay, lookahead, sign) -> None:
+    if bufs is not None and bounds is not None:
+        scales = scales or [1.0] * len(params)
+        for p, g, b, scale, bound in zip(params, grads, bufs, scales, bounds, strict=True):
+            _update_bounded(p, g, b, lr * scale, bound, decay, gain, weight_decay, lookahead, sign)
+        return
     d = torch._foreach_neg(grads) if sign < 0 else grads
     if weight_decay != 0:
         d = torch._foreach_add(d, params, alpha=weight_decay)
@@ -83,3 +101,19 @@ def _update(params, grads, bufs, scales, lr, decay, gain, weight_decay, lookahea
     else:
         for p, direction, scale in zip(params, d, scales, strict=True):
             p.sub_(direction * (lr * scale).to(p.dtype))
+
+
+def _update_bounded(p, g, b, lr, bound, decay, gain, weight_decay, lookahead, sign) -> None:
+    """Of one parameter; by selection instead of a branch, as `bound` is on the device."""
+    wide = torch.promote_types(p.dtype, torch.float32)  # half types lack the range of bound and scale
+    lr, bound = torch.as_tensor(lr).to(wide), bound.to(wide)
+    bounded = bound < torch.inf
+    x, d = p.to(wide), sign * g.to(wide)
+    coupled = d + weight_decay * x if weight_decay else d  # an infinite x times 0 is NaN
+    b.copy_(decay * b.to(wide) + gain * torch.where(bounded, d, coupled))
+    used = b.to(wide)
+    ahead = coupled + lookahead * used if lookahead else used
+    clipped = used.clamp(-bound, bound) + 0.0 * used  # 0 times what is not finite is NaN
+    if weight_decay:
+        clipped = clipped + torch.where(bounded, weight_decay * bound, 0.0) * x
+    p.copy_(x - lr * torch.where(bounded, clipped, ahead))

@@ -1,7 +1,7 @@
 """GPUs: one launch for all tensors of a dtype through a table of pointers, then one that sums up layers.
 
 The work is cut into tiles of :data:`TILE` elements, one program each. A program reads its tensor's pointers
-from a table, passes over its elements once, and writes four float64 partial sums; programs of a layer are
+from a table, passes over its elements once, and writes six float64 partial sums; programs of a layer are
 neighbours, so the second, small kernel adds them in a fixed order. No atomics: two runs agree bit for bit.
 
 Whole tiles of tensors whose four pointers are multiples of 16 bytes take a path without masks, in which every
@@ -61,6 +61,88 @@ def _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, M
 
 
 @triton.jit
+def _pass(
+    p_ptr,
+    g_ptr,
+    q_ptr,
+    b_ptr,
+    count,
+    lr,
+    decay,
+    gain,
+    weight_decay,
+    lookahead,
+    sign,
+    copied,
+    buffered,
+    partial_ptr,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    MEASURE: tl.constexpr,
+    PAIR: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    COPY: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update `count` elements from the pointers on, a multiple of BLOCK unless MASKED; store their sums."""
+    lanes = tl.arange(0, BLOCK)
+    zero = tl.zeros((BLOCK,), tl.float64)
+    dot, sq_norm, diff_sq_norm, prev_sq_norm = zero, zero, zero, zero
+    alignment, momentum_sq_norm = zero, zero
+    for offset in range(0, count, BLOCK):
+        at = offset + lanes
+        if MASKED:
+            mask = at < count
+            buffer_mask = mask & buffered
+            copy_mask = mask & copied
+        else:
+            mask = None
+            buffer_mask = buffered
+            copy_mask = copied
+        g_raw = tl.load(g_ptr + at, mask=mask)
+        g = g_raw.to(COMPUTE)
+        g64 = g.to(tl.float64)
+        if MASKED:
+            g64 = tl.where(mask, g64, 0.0)
+        if PAIR:
+            q = tl.load(q_ptr + at, mask=mask).to(tl.float64)
+            if MASKED:
+                q = tl.where(mask, q, 0.0)
+        if MOMENTUM:
+            b = tl.load(b_ptr + at, mask=buffer_mask, other=0.0).to(COMPUTE)
+            if MEASURE:
+                b64 = b.to(tl.float64)
+                alignment = tl.fma(g64, b64, alignment)
+                momentum_sq_norm = tl.fma(b64, b64, momentum_sq_norm)
+        if UPDATE:
+            x = tl.load(p_ptr + at, mask=mask).to(COMPUTE)
+            if MOMENTUM:
+                x, b = _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, True)
+                tl.store(b_ptr + at, b.to(ELEMENT), mask=buffer_mask)
+            else:
+                x, _ = _update(x, g, x, lr, decay, gain, weight_decay, lookahead, sign, buffered, False)
+            tl.store(p_ptr + at, x.to(ELEMENT), mask=mask)
+        if COPY:
+            tl.store(q_ptr + at, g_raw, mask=copy_mask)
+        if MEASURE:
+            sq_norm = tl.fma(g64, g64, sq_norm)
+            if PAIR:
+                diff = g64 - q
+                dot = tl.fma(g64, q, dot)
+                diff_sq_norm = tl.fma(diff, diff, diff_sq_norm)
+                prev_sq_norm = tl.fma(q, q, prev_sq_norm)
+    if MEASURE:
+        tl.store(partial_ptr, tl.sum(dot))
+        tl.store(partial_ptr + 1, tl.sum(sq_norm))
+        tl.store(partial_ptr + 2, tl.sum(diff_sq_norm))
+        tl.store(partial_ptr + 3, tl.sum(prev_sq_norm))
+        tl.store(partial_ptr + 4, tl.sum(alignment) * sign)
+        tl.store(partial_ptr + 5, tl.sum(momentum_sq_norm))
+
+
+@triton.jit
 def step_kernel(
     pointers_ptr,  # int64 (4, N): addresses of parameters, gradients, previous gradients, momentum buffers
     tensor_ptr,  # int32 (tiles,): each tile's tensor
@@ -71,12 +153,13 @@ def step_kernel(
     hyper_ptr,  # float64 (rows, 6)
     scale_of_ptr,  # int32 (N,): each tensor's entry in the scales, -1: none
     scale_ptr,  # float64 (L,): what multiplies a layer's learning rate, if SCALED
-    partial_ptr,  # float64 (tiles, 4)
+    partial_ptr,  # float64 (tiles, 6)
     N,
     ELEMENT: tl.constexpr,
     COMPUTE: tl.constexpr,
     UPDATE: tl.constexpr,
     MEASURE: tl.constexpr,
+    PAIR: tl.constexpr,
     MOMENTUM: tl.constexpr,
     COPY: tl.constexpr,
     SCALED: tl.constexpr,
@@ -89,12 +172,17 @@ def step_kernel(
     start = tl.multiple_of(tl.load(start_ptr + tile), TILE)
     size = tl.load(size_ptr + k)
     flags = tl.load(flags_ptr + k)
-    lanes = tl.arange(0, BLOCK)
     element = tl.pointer_type(ELEMENT)
     g_ptr = tl.load(pointers_ptr + N + k).to(element) + start
     p_ptr = tl.load(pointers_ptr + k).to(element) + start
     q_ptr = tl.load(pointers_ptr + 2 * N + k).to(element) + start
     b_ptr = tl.load(pointers_ptr + 3 * N + k).to(element) + start
+    lr = 0.0
+    decay = 0.0
+    gain = 0.0
+    weight_decay = 0.0
+    lookahead = 0.0
+    sign = 1.0
     if UPDATE:
         hyper_ptr += 6 * tl.load(row_ptr + k)
         lr = tl.load(hyper_ptr)
@@ -109,84 +197,36 @@ def step_kernel(
         sign = tl.load(hyper_ptr + 5).to(COMPUTE)
     copied = (tl.zeros((BLOCK,), tl.int32) + (flags & _COPIED)) != 0
     buffered = (tl.zeros((BLOCK,), tl.int32) + (flags & _BUFFERED)) != 0
-    dot = tl.zeros((BLOCK,), tl.float64)
-    sq_norm = tl.zeros((BLOCK,), tl.float64)
-    diff_sq_norm = tl.zeros((BLOCK,), tl.float64)
-    prev_sq_norm = tl.zeros((BLOCK,), tl.float64)
+    partial_ptr += 6 * tile.to(tl.int64)
+    # One loop, compiled twice: without masks every access is 128 bits wide.
     if (flags & _ALIGNED) != 0 and start + TILE <= size:
-        g_ptr = tl.multiple_of(g_ptr, 16)
         p_ptr = tl.multiple_of(p_ptr, 16)
+        g_ptr = tl.multiple_of(g_ptr, 16)
         q_ptr = tl.multiple_of(q_ptr, 16)
         b_ptr = tl.multiple_of(b_ptr, 16)
-        for offset in range(0, TILE, BLOCK):
-            at = offset + lanes
-            g_raw = tl.load(g_ptr + at)
-            g = g_raw.to(COMPUTE)
-            if MEASURE:
-                q = tl.load(q_ptr + at).to(tl.float64)
-            if UPDATE:
-                x = tl.load(p_ptr + at).to(COMPUTE)
-                b = x
-                if MOMENTUM:
-                    b = tl.load(b_ptr + at, mask=buffered, other=0.0).to(COMPUTE)
-                x, b = _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, MOMENTUM)
-                tl.store(p_ptr + at, x.to(ELEMENT))
-                if MOMENTUM:
-                    tl.store(b_ptr + at, b.to(ELEMENT), mask=buffered)
-            if MEASURE:
-                if COPY:
-                    tl.store(q_ptr + at, g_raw, mask=copied)
-                g64 = g.to(tl.float64)
-                diff = g64 - q
-                dot = tl.fma(g64, q, dot)
-                sq_norm = tl.fma(g64, g64, sq_norm)
-                diff_sq_norm = tl.fma(diff, diff, diff_sq_norm)
-                prev_sq_norm = tl.fma(q, q, prev_sq_norm)
+        _pass(
+            p_ptr, g_ptr, q_ptr, b_ptr, TILE, lr, decay, gain, weight_decay, lookahead, sign, copied,
+            buffered, partial_ptr, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, False, BLOCK,
+        )  # fmt: skip
     else:
         rest = tl.minimum(size - start, TILE).to(tl.int32)
-        for offset in range(0, rest, BLOCK):
-            at = offset + lanes
-            mask = at < rest
-            g_raw = tl.load(g_ptr + at, mask=mask, other=0.0)
-            g = g_raw.to(COMPUTE)
-            if MEASURE:
-                q = tl.load(q_ptr + at, mask=mask, other=0.0).to(tl.float64)
-            if UPDATE:
-                x = tl.load(p_ptr + at, mask=mask, other=0.0).to(COMPUTE)
-                b = x
-                if MOMENTUM:
-                    b = tl.load(b_ptr + at, mask=mask & buffered, other=0.0).to(COMPUTE)
-                x, b = _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, MOMENTUM)
-                tl.store(p_ptr + at, x.to(ELEMENT), mask=mask)
-                if MOMENTUM:
-                    tl.store(b_ptr + at, b.to(ELEMENT), mask=mask & buffered)
-            if MEASURE:
-                if COPY:
-                    tl.store(q_ptr + at, g_raw, mask=mask & copied)
-                g64 = g.to(tl.float64)
-                diff = g64 - q
-                dot = tl.fma(g64, q, dot)
-                sq_norm = tl.fma(g64, g64, sq_norm)
-                diff_sq_norm = tl.fma(diff, diff, diff_sq_norm)
-                prev_sq_norm = tl.fma(q, q, prev_sq_norm)
-    if MEASURE:
-        partial_ptr += 4 * tile.to(tl.int64)
-        tl.store(partial_ptr, tl.sum(dot))
-        tl.store(partial_ptr + 1, tl.sum(sq_norm))
-        tl.store(partial_ptr + 2, tl.sum(diff_sq_norm))
-        tl.store(partial_ptr + 3, tl.sum(prev_sq_norm))
+        _pass(
+            p_ptr, g_ptr, q_ptr, b_ptr, rest, lr, decay, gain, weight_decay, lookahead, sign, copied,
+            buffered, partial_ptr, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, True, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
 def reduce_kernel(
-    partial_ptr,  # float64 (tiles, SUMS)
+    partial_ptr,  # float64 (tiles, 6)
     bounds_ptr,  # int32 (L + 1,): each layer's first tile
-    out_ptr,  # float64 (SUMS, L), rows `stride` apart
+    out_ptr,  # float64 (6, L), rows `stride` apart
     stride,
-    SUMS: tl.constexpr,
+    PAIR: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the partial sums of one layer and one of the sums, in a fixed order."""
+    """Add the partial sums of one layer and one of the sums, in a fixed order; NaN where it was not taken."""
     layer = tl.program_id(0)
     s = tl.program_id(1)
     first = tl.load(bounds_ptr + layer)
@@ -194,10 +234,11 @@ def reduce_kernel(
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(first, last, BLOCK):
         tiles = start + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + SUMS * tiles.to(tl.int64) + s, mask=tiles < last, other=0.0)
+        total += tl.load(partial_ptr + 6 * tiles.to(tl.int64) + s, mask=tiles < last, other=0.0)
     value = tl.sum(total)
+    taken = (s == 1) | ((s < 4) & PAIR) | ((s >= 4) & ALIGN)
     # Not finite (x - x is 0 for nothing else): NaN.
-    tl.store(out_ptr + s * stride + layer, tl.where(value - value == 0, value, float("nan")))
+    tl.store(out_ptr + s * stride + layer, tl.where((value - value == 0) & taken, value, float("nan")))
 
 
 _ELEMENT = {
@@ -209,14 +250,22 @@ _ELEMENT = {
 
 
 def constants(
-    dtype: torch.dtype, *, update: bool, measure: bool, momentum: bool, copy: bool, scaled: bool
+    dtype: torch.dtype,
+    *,
+    update: bool,
+    measure: bool,
+    pair: bool,
+    momentum: bool,
+    copy: bool,
+    scaled: bool,
 ) -> dict:
-    """The compile-time arguments of :func:`step_kernel`."""
+    """The compile-time arguments of :func:`step_kernel`: `pair`: there are previous gradients."""
     return {
         "ELEMENT": _ELEMENT[dtype],
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "UPDATE": update,
         "MEASURE": measure,
+        "PAIR": pair,
         "MOMENTUM": momentum,
         "COPY": copy,
         "SCALED": scaled,
@@ -263,7 +312,7 @@ class Batch:
             self._spares.append((spare, torch.empty_like(spare, device=self._device)))
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
-        measure = prevs is not None
+        measure, pair = out is not None, out is not None and prevs is not None
         pointers, flags = self._table(grads, prevs, bufs, copies)
         if len(self._tensor) and (measure or hyper is not None):
             if hyper is not None:
@@ -278,8 +327,9 @@ class Batch:
                 self._dtype,
                 update=hyper is not None,
                 measure=measure,
+                pair=pair,
                 momentum=bufs is not None and any(b is not None for b in bufs),
-                copy=measure and copies is not None,
+                copy=pair and copies is not None,
                 scaled=scale is not None,
             )
             step_kernel[(len(self._tensor),)](
@@ -304,7 +354,8 @@ class Batch:
                 self._bounds,
                 out,
                 out.stride(0),
-                SUMS=len(SUMS),
+                PAIR=pair,
+                ALIGN=bufs is not None,
                 BLOCK=REDUCE_BLOCK,
                 **REDUCE_OPTIONS,
             )

@@ -38,9 +38,10 @@ def test_every_variant_is_there(reports):
 
 def test_every_step_that_can_be_taken_is_a_variant():
     """Measured or not, with and without momentum, copies and scales: what the backend may launch."""
-    for measure, update, momentum, copy, scaled in itertools.product((False, True), repeat=5):
-        if (measure or update) and (update or not (momentum or scaled)) and (measure or not copy):
-            name = "measure" if measure and update else "update" if update else "monitor"
+    for pair, align, update, momentum, copy, scaled in itertools.product((False, True), repeat=6):
+        possible = (update or not (momentum or scaled or align)) and (pair or not copy)
+        if (pair or update) and possible and (momentum and not pair or not align):
+            name = "align" if align else "monitor" if not update else "measure" if pair else "update"
             parts = {"momentum": momentum, "copy": copy, "scaled": scaled}
             assert "+".join([name, *(part for part, on in parts.items() if on)]) in VARIANTS
 
@@ -57,7 +58,7 @@ def test_main_path_is_128_bits_wide(reports):
             continue
         assert set(r["main"]) <= {"load 128", "store 128"}, r
         parts = r["variant"].split("+")
-        arrays = {"measure": 3, "update": 2, "monitor": 2}[parts[0]] + ("momentum" in parts)
+        arrays = {"measure": 3, "align": 2, "update": 2, "monitor": 2}[parts[0]] + ("momentum" in parts)
         assert r["main"]["load 128"] % arrays == 0 or parts[0] == "update", r
         assert ("store 128" in r["main"]) == (r["variant"] != "monitor"), r
 

@@ -41,14 +41,19 @@ def make(size: int, form: str, dtype: torch.dtype, scale: float, generator) -> t
     return draw(size)
 
 
-def oracle(layer_of, num_layers, grads, prevs) -> torch.Tensor:
-    """The four sums in float64, by numpy."""
-    sums = np.zeros((4, num_layers))
-    for layer, g, q in zip(layer_of, grads, prevs, strict=True):
+def oracle(layer_of, num_layers, grads, prevs, bufs=None, sign=1.0) -> torch.Tensor:
+    """The sums in float64, by numpy; NaN what is not taken."""
+    sums = np.zeros((6, num_layers))
+    prevs, kept = prevs or grads, bufs or [None] * len(grads)
+    for layer, *tensors in zip(layer_of, grads, prevs, kept, strict=True):
         if layer >= 0:
-            g, q = g.cpu().double().numpy().ravel(), q.cpu().double().numpy().ravel()
-            d = g - q
-            sums[:, layer] += [(g * q).sum(), (g * g).sum(), (d * d).sum(), (q * q).sum()]
+            g, q, b = (np.zeros(1) if x is None else x.cpu().double().numpy().ravel() for x in tensors)
+            pairs = (g, q), (g, g), (g - q, g - q), (q, q), (sign * g, b), (b, b)
+            sums[:, layer] += [(x * y).sum() for x, y in pairs]
+    if prevs is grads:
+        sums[[0, 2, 3]] = np.nan
+    if bufs is None:
+        sums[4:] = np.nan
     return torch.from_numpy(sums)
 
 
@@ -91,19 +96,21 @@ def problems(draw, most: int):
     return params, grads, prevs, layer_of
 
 
-def check(name, problem, momentum, copy, row):
+def check(name, problem, momentum, copy, row, paired):
     params, grads, prevs, layer_of = problem
-    bufs = [torch.ones_like(p) if momentum else None for p in params]
-    copies = [copy and i % 2 == 0 for i in range(len(params))] if copy else None
+    bufs = [torch.ones_like(p) if momentum and i % 3 < 2 else None for i, p in enumerate(params)]
+    copies = [i % 2 == 0 for i in range(len(params))] if copy and paired else None
     before = [p.clone() for p in params], [g.clone() for g in grads], [q.clone() for q in prevs]
     old_bufs = [None if b is None else b.clone() for b in bufs]
-    out = torch.empty((4, 4), dtype=torch.float64, device=DEVICE)
+    out = torch.empty((6, 4), dtype=torch.float64, device=DEVICE)
     plan = plan_for(name, params, grads, layer_of, 4)
-    plan.step(grads, prevs, bufs, copies, [0] * len(params), [row], out)
+    plan.step(grads, prevs if paired else None, bufs, copies, [0] * len(params), [row], out)
     # Sums: float64 accumulation of exact products.
-    expected = oracle(layer_of, 4, before[1], before[2])
-    scale = expected[[1, 1, 1, 3]] + expected[[3, 3, 3, 3]]
-    assert ((out.cpu() - expected).abs() <= 1e-12 * scale + 1e-300).all()
+    expected = oracle(layer_of, 4, before[1], before[2] if paired else None, old_bufs, row[5])
+    others = expected[3 if paired else 1]
+    scale = expected[1] + torch.stack([others, others, others, others, expected[5], expected[5]])
+    assert torch.equal(out.cpu().isnan(), expected.isnan())
+    assert ((out.cpu() - expected).abs() <= 1e-12 * scale + 1e-300)[~expected.isnan()].all()
     # The update: within two units in the last place of what its terms allow.
     for p, q, g, x, c, y, b, b0 in zip(
         params, prevs, grads, before[0], before[1], before[2], bufs, old_bufs, strict=True
@@ -123,16 +130,28 @@ def check(name, problem, momentum, copy, row):
 
 
 @pytest.mark.parametrize("name", [b for b in BACKENDS if b != "triton"])
-@given(problem=problems(most=30), momentum=st.booleans(), copy=st.booleans(), full=st.booleans())
+@given(
+    problem=problems(most=30),
+    momentum=st.booleans(),
+    copy=st.booleans(),
+    full=st.booleans(),
+    paired=st.booleans(),
+)
 @options(max_examples=40)
-def test_random_lists(name, problem, momentum, copy, full):
-    check(name, problem, momentum, copy, FULL if full else PLAIN)
+def test_random_lists(name, problem, momentum, copy, full, paired):
+    check(name, problem, momentum, copy, FULL if full else PLAIN, paired)
 
 
-@given(problem=problems(most=4), momentum=st.booleans(), copy=st.booleans(), full=st.booleans())
+@given(
+    problem=problems(most=4),
+    momentum=st.booleans(),
+    copy=st.booleans(),
+    full=st.booleans(),
+    paired=st.booleans(),
+)
 @options(max_examples=25)
-def test_random_lists_triton(problem, momentum, copy, full):
-    check("triton", problem, momentum, copy, FULL if full else PLAIN)
+def test_random_lists_triton(problem, momentum, copy, full, paired):
+    check("triton", problem, momentum, copy, FULL if full else PLAIN, paired)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -142,8 +161,8 @@ def test_many_and_large(name):
     sizes = [1 + i % 7 for i in range(300)] + [10**6]
     tensors = [[make(n, "plain", torch.float32, 1.0, generator) for n in sizes] for _ in range(3)]
     layer_of = [i % 5 for i in range(300)] + [2]
-    out = torch.empty((4, 5), dtype=torch.float64, device=DEVICE)
-    expected = oracle(layer_of, 5, tensors[1], tensors[2])
+    out = torch.empty((6, 5), dtype=torch.float64, device=DEVICE)
+    expected = oracle(layer_of, 5, tensors[1], tensors[2], [None] * 301)
     plan = plan_for(name, tensors[0], tensors[1], layer_of, 5)
     plan.step(tensors[1], tensors[2], [None] * 301, None, [0] * 301, [PLAIN], out)
     assert torch.allclose(out.cpu(), expected, rtol=1e-12, atol=1e-9)
@@ -156,11 +175,11 @@ def test_not_finite_stays_in_its_layer(name, bad):
     grads = [torch.ones(5000, device=DEVICE) for _ in range(2)]
     prevs = [torch.ones(5000, device=DEVICE) for _ in range(2)]
     grads[0][4321] = bad
-    out = torch.empty((4, 2), dtype=torch.float64, device=DEVICE)
+    out = torch.empty((6, 2), dtype=torch.float64, device=DEVICE)
     plan = plan_for(name, params, grads, [0, 1], 2)
     plan.step(grads, prevs, [None, None], None, [0, 0], [PLAIN], out)
     assert out[:3, 0].isnan().all() and out[3, 0] == 5000
-    assert out[:, 1].tolist() == [5000, 5000, 0, 5000]
+    assert out[:, 1].tolist() == [5000, 5000, 0, 5000, 0, 0]
     expected = torch.zeros(5000, device=DEVICE).add(grads[0], alpha=-0.1)
     assert torch.equal(params[0].isnan(), expected.isnan()) and torch.equal(
         params[0].isinf(), expected.isinf()
@@ -185,7 +204,7 @@ def test_reruns_agree_bit_for_bit(name):
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
         params, grads, prevs = ([t.clone() for t in tensors] for tensors in first)
-        out = torch.empty((4, 2), dtype=torch.float64, device=DEVICE)
+        out = torch.empty((6, 2), dtype=torch.float64, device=DEVICE)
         plan_for(name, params, grads, [0, 0, 1, 1], 2).step(
             grads, prevs, [None] * 4, None, [0] * 4, [FULL], out
         )
@@ -248,10 +267,10 @@ def test_groups_with_and_without_momentum(name):
 def test_measuring_alone_changes_nothing(name):
     p, g, q = (torch.randn(9000, device=DEVICE) for _ in range(3))
     before = p.clone(), g.clone(), q.clone()
-    out = torch.empty((4, 1), dtype=torch.float64, device=DEVICE)
+    out = torch.empty((6, 1), dtype=torch.float64, device=DEVICE)
     plan_for(name, [p], [g], [0], 1).step([g], [q], [None], None, [0], None, out)
     assert all(torch.equal(a, b) for a, b in zip((p, g, q), before, strict=True))
-    assert torch.allclose(out.cpu(), oracle([0], 1, [g], [q]))
+    assert torch.allclose(out.cpu(), oracle([0], 1, [g], [q], [None]))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -268,7 +287,7 @@ def test_scale_multiplies_each_layers_rate(name, dtype, momentum):
     for prevs in (None, [torch.ones_like(p) for p in params]):
         bufs = [torch.ones_like(p) if momentum else None for p in params]
         before, before_bufs = [p.clone() for p in params], [None if b is None else b.clone() for b in bufs]
-        out = None if prevs is None else torch.empty((4, 2), dtype=torch.float64, device=DEVICE)
+        out = None if prevs is None else torch.empty((6, 2), dtype=torch.float64, device=DEVICE)
         plan = plan_for(name, params, grads, layer_of, 2)
         plan.step(grads, prevs, bufs, None, [0] * 4, [row], out, vector)
         for p, x, g, b, layer in zip(params, before, grads, before_bufs, layer_of, strict=True):

@@ -77,12 +77,10 @@ class BatchProtocol(Protocol):
         layer_of: Sequence[int],
         num_layers: int,
         scale_of: Sequence[int] | None = None,
-        seeds: Sequence[int] | None = None,
     ) -> None:
         """Prepare for `params`: same device, same dtype, sorted by `layer_of`; -1 (first): not measured.
 
         `scale_of`: the layer whose scale each follows, where that is not `layer_of`; -1: none.
-        `seeds`: of the parameters' sketches, where the batch sketches.
         """
 
     def prepare_capture(self) -> None:
@@ -139,7 +137,7 @@ def backend(name: str, device: torch.device) -> ModuleType:
 
 
 def sketching(backend: ModuleType) -> ModuleType:
-    """The module whose ``Batch`` sketches as `backend` steps; it also has the method ``fold``, see Plan."""
+    """The module that sketches as `backend` steps, see :mod:`oscopt.kernels.sketch`."""
     name = {"torch": "sketch"}.get(backend.NAME, f"{backend.NAME}_sketch")
     return importlib.import_module(f"{__name__}.{name}")
 
@@ -186,7 +184,8 @@ class Plan:
         layer_of: the index of each parameter's layer, -1: not measured.
         num_layers: L.
         backend: the backend's module, from :func:`backend`.
-        scale_of, seeds: as :class:`BatchProtocol` has them; with `seeds`, gradients are sketched.
+        scale_of: as :class:`BatchProtocol` has it.
+        seeds: of the parameters' sketches; None: nothing is sketched.
     """
 
     def __init__(
@@ -199,40 +198,46 @@ class Plan:
         scale_of: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> None:
-        from . import torch_backend
+        from . import sketch, torch_backend
 
         scale_of = layer_of if scale_of is None else scale_of
-
+        self._layer_of, self._seeds, self._backend = layer_of, seeds, backend
         groups: dict[tuple, list[int]] = {}
         for i in sorted(range(len(params)), key=layer_of.__getitem__):
             p, g = params[i], grads[i]
             suits = p.dtype in backend.DTYPES and g.dtype == p.dtype and dense(p)
-            groups.setdefault((backend if suits else torch_backend, p.dtype), []).append(i)
+            sketched = seeds is not None and layer_of[i] >= 0 and sketch.sketched(p)
+            groups.setdefault((backend if suits else torch_backend, p.dtype, sketched), []).append(i)
         self.device = params[0].device
         natural = list(range(len(params)))
-        self._batches: list[tuple[list[int] | None, BatchProtocol]] = [
-            (
-                None if index == natural else index,
-                (module if seeds is None else sketching(module)).Batch(
-                    *(pick(values, index) for values in (params, layer_of)),
-                    num_layers,
-                    *(pick(values, index) for values in (scale_of, seeds)),
-                ),
-            )
-            for (module, _), index in groups.items()
-        ]
+        self._batches: list[tuple[list[int] | None, BatchProtocol, int]] = []
+        """The parameters' places, their batch and how many sums that takes."""
+        for (module, _, sketched), index in groups.items():
+            values = (*(pick(v, index) for v in (params, layer_of)), num_layers, pick(scale_of, index))
+            if sketched:
+                batch = sketching(module).Batch(*values, pick(seeds, index))
+            else:
+                batch = module.Batch(*values)
+            sums = sketch.SUMS if sketched else SUMS
+            self._batches.append((None if index == natural else index, batch, len(sums)))
 
     def prepare_capture(self) -> None:
         """Make ready for a step that is captured in a CUDA graph."""
-        for _, batch in self._batches:
+        for _, batch, _ in self._batches:
             batch.prepare_capture()
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
-        """Do one step of all parameters; the arguments are :meth:`BatchProtocol.step`'s."""
-        for n, (index, batch) in enumerate(self._batches):
+        """Do one step of all parameters; the arguments are :meth:`BatchProtocol.step`'s.
+
+        Where gradients are sketched, `prevs` is what :func:`oscopt.kernels.sketch.kept_like` makes room for,
+        with `copies` everywhere, and `out` has :data:`oscopt.kernels.sketch.SUMS`.
+        """
+        for n, (index, batch, sums) in enumerate(self._batches):
             target = out if n == 0 or out is None else torch.empty_like(out)
             values = (pick(v, index) for v in (grads, prevs, bufs, copies, rows))
-            batch.step(*values, hyper, target, scale, bound)
+            batch.step(*values, hyper, target if target is None else target[:sums], scale, bound)
+            if target is not None and sums < len(target):
+                target[sums:] = 0.0
             if n and out is not None:
                 out += target
 
@@ -243,11 +248,12 @@ class Plan:
             kept: of all parameters, as :meth:`step` has left it.
             out: float32, shape (L, k'), overwritten; k' is a power of two, at most 1024.
         """
-        for n, (index, batch) in enumerate(self._batches):
-            target = out if n == 0 else torch.empty_like(out)
-            batch.fold(pick(kept, index), target)
-            if n:
-                out += target
+        out.zero_()
+        index = sorted((i for i, layer in enumerate(self._layer_of) if layer >= 0), key=self._layer_of.__getitem__)
+        for dtype in dict.fromkeys(kept[i].dtype for i in index):
+            chosen = [i for i in index if kept[i].dtype == dtype]
+            values = (pick(v, chosen) for v in (kept, self._layer_of, self._seeds))
+            sketching(self._backend).fold(*values, out)
 
 
 class Tensors(list[Tensor]):

@@ -102,11 +102,12 @@ class Batch:
         self._params = params
         self._own = addresses(params)
         sizes = np.array([p.numel() for p in params], np.int64)
-        chunks = -(-sizes // _CHUNK)
+        chunk = self._chunk_sizes(sizes)
+        chunks = -(-sizes // chunk)
         self._tensor = np.repeat(np.arange(len(params)), chunks)
         first = np.cumsum(chunks) - chunks
-        self._start = (np.arange(chunks.sum()) - np.repeat(first, chunks)) * _CHUNK
-        self._stop = np.minimum(self._start + _CHUNK, sizes[self._tensor])
+        self._start = (np.arange(chunks.sum()) - np.repeat(first, chunks)) * chunk[self._tensor]
+        self._stop = np.minimum(self._start + chunk[self._tensor], sizes[self._tensor])
         self._work = np.cumsum(self._stop - self._start)
         # Tensors are sorted by layer, so a layer's chunks are neighbours: [bounds[l], bounds[l + 1]).
         layer_of_chunk = np.asarray(layer_of, np.int64)[self._tensor]
@@ -117,10 +118,14 @@ class Batch:
         self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NO_ADDRESSES)
         self._hyper: tuple[object, np.ndarray] = (None, np.zeros((1, 6)))
 
+    def _chunk_sizes(self, sizes: np.ndarray) -> np.ndarray:
+        """Elements of a chunk of every tensor."""
+        return np.full_like(sizes, _CHUNK)
+
     def prepare_capture(self) -> None:
         """Nothing is needed."""
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
         if self._rows[0] != rows:
             self._rows = (list(rows), np.array(rows, np.int64))
         if hyper is not None and self._hyper[0] is not hyper:

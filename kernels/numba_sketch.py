@@ -1,8 +1,8 @@
 """CPU: the update and the sketch of :mod:`oscopt.kernels.sketch` in one parallel loop over chunks.
 
-A chunk is worked off in parts: a part of the gradient is added to the buckets, and to the sum of squares,
-then the parameter is updated with it, which is in the first-level cache by then. There are twice as many
-buckets as the sketch has, so that a rotated run need not wrap around; the halves are added up in the end.
+32 elements at a time of a gradient are added to the buckets and to the sums, and then the parameter is updated
+with them. There are twice as many buckets as the sketch has, so that a rotated run need not wrap around; the
+halves are added up in the end.
 """
 
 from __future__ import annotations
@@ -14,247 +14,369 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
-from . import addresses
+from . import addresses, numba_backend
 from .numba_backend import (
+    _LANES,
+    _NO_ADDRESSES,
+    _NO_SCALE,
     _SERIAL,
     _STORAGE,
-    _SUM,
+    FORM,
     _addresses_of_some,
     _call,
     _descend,
     _descend_momentum,
+    _fma,
+    _itemsize,
     _load,
-    _pointer,
+    _multiply,
+    _prefetch,
     _reduce,
+    _scalar,
+    _splat,
+    _store,
+    _subtract,
+    _total,
+    _wide,
+    _zeros,
 )
-from .sketch import BUCKETS, FOLD, GOLDEN, ODD, ODDER, OFFSETS, SUMS, WHOLE, chunk_size, kept_dtype, kept_size
+from .sketch import BUCKETS, FOLD, GOLDEN, ODD, ODDER, OFFSETS, SUMS, chunk_size, kept_dtype
 
-_PART = 256  # elements: more, and the memory waits for the arithmetic
+_WORD = 4 * _LANES  # elements that are sketched, then updated
 
 
-class Batch:
-    """See :class:`oscopt.kernels.BatchProtocol`."""
+class Batch(numba_backend.Batch):
+    """See :class:`oscopt.kernels.sketch.Batch`."""
 
     def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds) -> None:
-        dtype = params[0].dtype
-        self._dtype = dtype
-        self._tag, self._kept_tag = (np.zeros(1, _STORAGE[d]) for d in (dtype, kept_dtype(dtype)))
-        self._own = addresses(params)
-        self._params = params
-        sizes = [p.numel() for p in params]
-        layer_of, seeds = np.array(layer_of, np.int64), np.array(seeds, np.uint32)
-        self._sizes, kept_sizes = np.array(sizes, np.int64), np.array([kept_size(n) for n in sizes], np.int64)
-        self._chunk = np.array([chunk_size(n) for n in sizes], np.int64)
-        chunks = -(-self._sizes // self._chunk)
-        self._tensor = np.repeat(np.arange(len(params)), chunks)
-        self._start = np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        self._start *= self._chunk[self._tensor]
-        lengths = np.minimum(self._chunk[self._tensor], self._sizes[self._tensor] - self._start)
-        self._work = np.cumsum(lengths)
-        self._bounds = np.searchsorted(layer_of[self._tensor], np.arange(num_layers + 1))
-        self._measured = layer_of >= 0
-        self._partials = np.zeros((len(self._tensor), len(SUMS)))
-        self._scale_of = np.array(scale_of, np.int64)
-        self._seeds = seeds
-        self._fold = kept_sizes, seeds, np.searchsorted(layer_of, np.arange(num_layers + 1))
+        super().__init__(params, layer_of, num_layers, scale_of)
+        self._kept_tag = np.zeros(1, _STORAGE[kept_dtype(params[0].dtype)])
+        self._seeds = np.array(seeds, np.uint32)
+        self._first = np.searchsorted(self._tensor, self._tensor)  # of its tensor's chunks
+        self._sketch_partials = np.zeros((len(self._tensor), len(SUMS)))
 
-    def prepare_capture(self) -> None:
-        """Nothing is needed."""
+    def _chunk_sizes(self, sizes: np.ndarray) -> np.ndarray:
+        return np.array([chunk_size(size) for size in sizes.tolist()], np.int64)
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
-        total = int(self._work[-1]) if len(self._work) else 0
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if total > _SERIAL else 1
-        share = np.searchsorted(self._work, np.linspace(0, total, threads + 1))
-        share[0], share[-1] = 0, len(self._work)
-        nothing = np.zeros(len(grads), np.int64)
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
+        if prevs is None:
+            super().step(grads, None, bufs, None, rows, hyper, out, scale)
+            return
+        of_torch = torch.get_num_threads()
+        threads = min(of_torch, numba.config.NUMBA_NUM_THREADS) if self._work[-1] > _SERIAL else 1
         arguments = (
-            self._own if hyper is not None else nothing,
+            self._own if hyper is not None else _NO_ADDRESSES,
             addresses(grads),
-            nothing if prevs is None else np.where(self._measured, addresses(prevs), 0),
-            nothing if bufs is None else _addresses_of_some(bufs),
+            addresses(prevs),
+            _addresses_of_some(bufs) if bufs is not None else _NO_ADDRESSES,
             np.array(rows, np.int64),
-            np.array(hyper or [(0.0,) * 6], np.float64),
-            np.zeros(0) if scale is None else scale.numpy(),
+            np.array(hyper if hyper is not None else [[0.0] * 6], np.float64),
+            scale.numpy() if scale is not None else _NO_SCALE,
             self._scale_of,
             self._tensor,
             self._start,
-            self._chunk,
-            self._sizes,
+            self._stop,
+            self._first,
             self._seeds,
-            share,
+            self._share(threads),
+            FORM.ahead,
             self._tag,
             self._kept_tag,
-            self._partials,
-            self._bounds,
-            np.zeros((0, 0)) if prevs is None else out.numpy(),
+            self._sketch_partials,
+            self._layer_bounds,
+            out.numpy(),
         )
-        self._run(_step, arguments, threads)
-
-    def fold(self, kept, out) -> None:
-        """See :meth:`oscopt.kernels.Plan.fold`."""
-        addressed = np.where(self._measured, addresses(kept), 0)
-        self._run(_fold, (addressed, *self._fold, self._kept_tag, out.numpy()), torch.get_num_threads())
-
-    def _run(self, kernel, arguments, threads: int) -> None:
-        of_torch = torch.get_num_threads()
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        _call(kernel, arguments, self._dtype)
+        numba.set_num_threads(threads)
+        _call(_step, arguments, self._params[0].dtype)
         # Starting its threads, numba sets OpenMP's number of threads, which is torch's as well.
         if torch.get_num_threads() != of_torch:
             torch.set_num_threads(of_torch)
 
 
+def fold(kept: Sequence[Tensor], layer_of: Sequence[int], seeds: Sequence[int], out: Tensor) -> None:
+    """See :func:`oscopt.kernels.sketch.fold`."""
+    dtype = kept[0].dtype
+    sizes, bounds = np.array([x.numel() for x in kept], np.int64), np.arange(len(out) + 1)
+    bounds = np.searchsorted(np.array(layer_of, np.int64), bounds)
+    tag, kept_tag = (np.zeros(1, _STORAGE[d]) for d in (dtype, kept_dtype(dtype)))
+    arguments = (addresses(kept), sizes, np.array(seeds, np.uint32), bounds, tag, kept_tag, out.numpy())
+    _call(_fold, arguments, dtype)
+
+
 # ---- compiled code ---------------------------------------------------------------------------------------
 
 
-@intrinsic
-def _hashed(typing_context, index, seed):
-    """:func:`oscopt.kernels.sketch.hashed`; numba would make 64 bits of each sum and product of uint32."""
+class _Bits(types.Type):
+    """`lanes` words of 32 bits in a register."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(f"Bits({lanes})")
+
+
+@register_model(_Bits)
+class _BitsModel(models.PrimitiveModel):
+    def __init__(self, manager, kind) -> None:
+        super().__init__(manager, kind, ir.VectorType(ir.IntType(32), kind.lanes))
+
+
+@intrinsic(prefer_literal=True)
+def _hashed(typing_context, index, seed, lanes):
+    """:func:`oscopt.kernels.sketch.hashed` of `index` and the numbers after it, one a lane."""
 
     def generate(context, builder, signature, args):
-        word = ir.IntType(32)
-        x = builder.add(builder.mul(builder.trunc(args[0], word), ir.Constant(word, GOLDEN)), args[1])
+        count = signature.args[2].literal_value
+        vector = ir.VectorType(ir.IntType(32), count)
+
+        def constant(value):
+            return ir.Constant(vector, [value] * count)
+
+        index = _splat(builder, builder.trunc(args[0], ir.IntType(32)), vector)
+        x = builder.mul(builder.add(index, ir.Constant(vector, list(range(count)))), constant(GOLDEN))
+        x = builder.add(x, _splat(builder, args[1], vector))
         for shift, odd in ((16, ODD), (15, ODDER)):
-            x = builder.xor(x, builder.lshr(x, ir.Constant(word, shift)))
-            x = builder.mul(x, ir.Constant(word, odd))
-        return builder.xor(x, builder.lshr(x, ir.Constant(word, 16)))
+            x = builder.mul(builder.xor(x, builder.lshr(x, constant(shift))), constant(odd))
+        return builder.xor(x, builder.lshr(x, constant(16)))
 
-    return types.uint32(types.int64, types.uint32), generate
-
-
-@intrinsic
-def _add_word(typing_context, g, buckets, bits, squares, tag, kept_tag):
-    """Add 32 elements at address `g`, with signs from `bits`, to the buckets at address `buckets`; and their
-    squares to the 8 float64s at address `squares`.
-
-    Spelled out in vectors of 8: of such a loop the compiler makes scalar code, several times as slow.
-    """
-
-    def generate(context, builder, signature, args):
-        g, buckets, bits, squares, _, _ = args
-        stored, kept = (signature.args[i].dtype for i in (4, 5))
-        double = ir.VectorType(ir.DoubleType(), 8)
-        fma = builder.module.declare_intrinsic("llvm.fma.v8f64", (), ir.FunctionType(double, [double] * 3))
-        total = ir.Constant(double, [0.0] * 8)
-        raw = ir.VectorType(context.get_data_type(stored), 8)
-        value = ir.VectorType(context.get_data_type(kept), 8)
-        word = ir.VectorType(ir.IntType(32), 8)
-        spread = builder.insert_element(ir.Constant(word, ir.Undefined), bits, ir.Constant(ir.IntType(32), 0))
-        spread = builder.shuffle_vector(spread, spread, ir.Constant(word, [0] * 8))
-        for first in range(0, 32, 8):
-
-            def at(address, kind, size, first=first):
-                offset = ir.Constant(ir.IntType(64), first * size)
-                return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
-
-            x = builder.load(at(g, raw, stored.bitwidth // 8), align=stored.bitwidth // 8)
-            if stored == types.uint16:
-                x = builder.bitcast(builder.shl(builder.zext(x, word), ir.Constant(word, [16] * 8)), value)
-            elif stored == types.int16:
-                x = builder.fpext(builder.bitcast(x, ir.VectorType(ir.HalfType(), 8)), value)
-            wide = x if kept == types.float64 else builder.fpext(x, double)
-            total = builder.call(fma, (wide, wide, total))
-            sign = builder.shl(spread, ir.Constant(word, list(range(first, first + 8))))
-            sign = builder.and_(sign, ir.Constant(word, [1 << 31] * 8))
-            if kept == types.float64:
-                wide = ir.VectorType(ir.IntType(64), 8)
-                sign = builder.shl(builder.zext(sign, wide), ir.Constant(wide, [32] * 8))
-            x = builder.bitcast(builder.xor(builder.bitcast(x, sign.type), sign), value)
-            place, size = at(buckets, value, kept.bitwidth // 8), kept.bitwidth // 8
-            builder.store(builder.fadd(builder.load(place, align=size), x), place, align=size)
-        place = builder.inttoptr(squares, double.as_pointer())
-        builder.store(builder.fadd(builder.load(place, align=8), total), place, align=8)
-        return context.get_dummy_value()
-
-    return types.void(g, buckets, types.uint32, squares, tag, kept_tag), generate
+    return _Bits(lanes.literal_value)(types.int64, types.uint32, lanes), generate
 
 
 @intrinsic
-def _flipped(typing_context, value, bits, place):
-    """`value` with the sign changed if bit number `place` of `bits`, from the top one down, is set."""
+def _first_lane(typing_context, bits):
+    def generate(context, builder, signature, args):
+        return builder.extract_element(args[0], ir.Constant(ir.IntType(32), 0))
+
+    return types.uint32(bits), generate
+
+
+@intrinsic
+def _shifted(typing_context, bits, count):
+    """Each word `count` bits to the left."""
 
     def generate(context, builder, signature, args):
-        word = ir.IntType(signature.return_type.bitwidth)
-        shifted = builder.shl(args[1], builder.trunc(args[2], ir.IntType(32)))
-        sign = builder.and_(shifted, ir.Constant(ir.IntType(32), 1 << 31))
-        if word.width == 64:
-            sign = builder.shl(builder.zext(sign, word), ir.Constant(word, 32))
-        return builder.bitcast(builder.xor(builder.bitcast(args[0], word), sign), args[0].type)
+        return builder.shl(args[0], _splat(builder, builder.trunc(args[1], ir.IntType(32)), args[0].type))
 
-    return value(value, types.uint32, types.int64), generate
+    return bits(bits, types.int64), generate
 
 
-@njit(fastmath=_SUM, nogil=True)
-def _square(g, size):
-    total = 0.0
-    for i in range(size):
-        a = np.float64(_load(g[i]))
-        total += a * a
-    return total
+@intrinsic
+def _flipped(typing_context, values, bits):
+    """`values`, the sign changed where the top bit is set."""
+
+    def generate(context, builder, signature, args):
+        count, width = values.lanes, values.dtype.bitwidth
+        sign = builder.and_(args[1], ir.Constant(args[1].type, [1 << 31] * count))
+        if width == 64:
+            wide = ir.VectorType(ir.IntType(64), count)
+            sign = builder.shl(builder.zext(sign, wide), ir.Constant(wide, [32] * count))
+        return builder.bitcast(builder.xor(builder.bitcast(args[0], sign.type), sign), args[0].type)
+
+    return values(values, bits), generate
 
 
-@njit(nogil=True)
-def _add(g, buckets, first, seed, squares, tag, kept_tag):
-    """Add elements with random signs to as many buckets, and their squares to 8 `squares`.
-
-    `first`: the number of the first of them, a multiple of 32 unless they are fewer.
-    """
-    words = g.size // 32
-    for i in range(0, 32 * words, 32):
-        place = buckets.ctypes.data + i * kept_tag.itemsize
-        bits = _hashed((first + i) // 32, seed)
-        _add_word(g.ctypes.data + i * tag.itemsize, place, bits, squares.ctypes.data, tag, kept_tag)
-    bits = _hashed(first // 32 + words, seed)
-    for i in range(32 * words, g.size):
-        value = _load(g[i])
-        buckets[i] += _flipped(value, bits, (first + i) % 32)
-        squares[0] += np.float64(value) * np.float64(value)
+@intrinsic
+def _plus(typing_context, a, b):
+    return a(a, b), lambda context, builder, signature, args: builder.fadd(*args)
 
 
 @njit(nogil=True)
 def _offset(first, seed, buckets):
     """By how much the run that begins at element `first` is rotated."""
-    return np.int64(_hashed(first // buckets, seed ^ np.uint32(OFFSETS))) % buckets
+    return np.int64(_first_lane(_hashed(first // buckets, seed ^ np.uint32(OFFSETS), 1))) % buckets
 
 
-@njit(fastmath=_SUM, nogil=True)
-def _compare(new, old, stretch):
-    """Dot, squared difference and squared norm of `new` times `stretch` and `old`."""
-    dot = diff_sq_norm = prev_sq_norm = 0.0
-    for i in range(new.size):
-        a, b = np.float64(_load(new[i])) * stretch, np.float64(old[i])
-        dot += a * b
-        diff_sq_norm += (a - b) * (a - b)
-        prev_sq_norm += b * b
-    return dot, diff_sq_norm, prev_sq_norm
+def _run(kind, lanes):
+    """`n` elements from number `first` of their tensor on, within one run: a whole number of 4 vectors.
+
+    They are added to the buckets at the address `place`; their squares are summed, and with a momentum buffer
+    their products with it, and its squares.
+    """
+    update = kind(lanes) if kind is not None else None
+    updated, buffered, word = kind is not None, kind is _descend_momentum, 4 * lanes if lanes > 1 else 1
+
+    @njit(nogil=True)
+    def run(
+        p, g, buf, place, first, n, seed, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag, kept_tag
+    ):
+        size, kept_size = _itemsize(tag), _itemsize(kept_tag)
+        sq_norm, alignment, momentum_sq_norm = _zeros(lanes), _zeros(lanes), _zeros(lanes)
+        i = 0
+        while i < n:
+            at = first + i
+            bits = _shifted(_hashed((at >> 8 << 3) + (at & 7), seed, lanes), at >> 3 & 31)
+            stop = min(n, i + 256 - (at & 255)) if lanes > 1 else i + 1
+            while i < stop:
+                if ahead:
+                    line = i * size + ahead
+                    last = line + word * size
+                    while line < last:
+                        _prefetch(g + line)
+                        if updated:
+                            _prefetch(p + line)
+                        if buffered:
+                            _prefetch(buf + line)
+                        line += 64
+                for j in range(word // lanes):
+                    at = (i + j * lanes) * size
+                    bucket = place + (i + j * lanes) * kept_size
+                    values = _load(g + at, tag, lanes)
+                    _store(bucket, kept_tag, _plus(_load(bucket, kept_tag, lanes), _flipped(values, bits)))
+                    bits = _shifted(bits, 1)
+                    a = _wide(values)
+                    sq_norm = _fma(a, a, sq_norm)
+                if buffered:
+                    for j in range(word // lanes):
+                        at = (i + j * lanes) * size
+                        a, b = _wide(_load(g + at, tag, lanes)), _wide(_load(buf + at, tag, lanes))
+                        alignment = _fma(a, b, alignment)
+                        momentum_sq_norm = _fma(b, b, momentum_sq_norm)
+                if updated:
+                    for j in range(word // lanes):
+                        at = (i + j * lanes) * size
+                        values = _load(g + at, tag, lanes)
+                        update(
+                            p + at, buf + at, values, sign, lr, decay, gain, weight_decay, lookahead, tag
+                        )
+                i += word
+        return _total(sq_norm), _total(alignment), _total(momentum_sq_norm)
+
+    return run
+
+
+def _runs(kind):
+    """A whole chunk: runs of `buckets` elements, each rotated; sums as of :func:`_run`."""
+    wide, narrow = _run(kind, _LANES), _run(kind, 1)
+
+    @njit(nogil=True)
+    def runs(
+        p,
+        g,
+        buf,
+        twice,
+        buckets,
+        first,
+        n,
+        seed,
+        ahead,
+        lr,
+        sign,
+        decay,
+        gain,
+        weight_decay,
+        lookahead,
+        tag,
+        kept_tag,
+    ):
+        sq_norm = alignment = momentum_sq_norm = 0.0
+        size, kept_size = _itemsize(tag), _itemsize(kept_tag)
+        given = (seed, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag, kept_tag)
+        for i in range(0, n, buckets):
+            place = twice + _offset(first + i, seed, buckets) * kept_size
+            count = min(n - i, buckets)
+            words = count - count % _WORD
+            at = i * size
+            a = wide(p + at, g + at, buf + at, place, first + i, words, *given)
+            i, count = i + words, count - words
+            at = i * size
+            place += words * kept_size
+            b = narrow(p + at, g + at, buf + at, place, first + i, count, *given)
+            sq_norm += a[0] + b[0]
+            alignment += a[1] + b[1]
+            momentum_sq_norm += a[2] + b[2]
+        return sq_norm, sign * alignment, momentum_sq_norm
+
+    return runs
+
+
+_measure, _measure_update, _measure_update_momentum = _runs(None), _runs(_descend), _runs(_descend_momentum)
 
 
 @njit(nogil=True)
-def _keep(new, old, stretch):
-    for i in range(new.size):
-        old[i] = _load(new[i]) * stretch
+def _halves(twice, count, kept_tag):
+    """Add the second half of the buckets to the first; its squared norm."""
+    sq_norm = _zeros(_LANES)
+    size = _itemsize(kept_tag)
+    for i in range(0, count * size, _LANES * size):
+        both = _plus(_load(twice + i, kept_tag, _LANES), _load(twice + count * size + i, kept_tag, _LANES))
+        _store(twice + i, kept_tag, both)
+        sq_norm = _fma(_wide(both), _wide(both), sq_norm)
+    return _total(sq_norm)
 
 
 @njit(nogil=True)
-def _descend_all(p, g, m, size, lr, decay, gain, weight_decay, lookahead, sign):
-    for i in range(size):
-        _descend(p, m, i, sign * _load(g[i]), lr, decay, gain, weight_decay, lookahead)
+def _keep(new, old, stretch, kept_tag):
+    """Dot, squared difference and squared norm of `stretch` times the buckets at `new`, and those at `old`; which
+    are overwritten."""
+    dot, diff_sq_norm, prev_sq_norm = _zeros(_LANES), _zeros(_LANES), _zeros(_LANES)
+    size = _itemsize(kept_tag)
+    factor = _scalar(stretch, kept_tag)
+    for i in range(0, BUCKETS * size, _LANES * size):
+        values = _load(new + i, kept_tag, _LANES)
+        a, b = _multiply(stretch, _wide(values)), _wide(_load(old + i, kept_tag, _LANES))
+        d = _subtract(a, b)
+        dot = _fma(a, b, dot)
+        diff_sq_norm = _fma(d, d, diff_sq_norm)
+        prev_sq_norm = _fma(b, b, prev_sq_norm)
+        _store(old + i, kept_tag, _multiply(factor, values))
+    return _total(dot), _total(diff_sq_norm), _total(prev_sq_norm)
 
 
-@njit(nogil=True)
-def _descend_all_momentum(p, g, m, size, lr, decay, gain, weight_decay, lookahead, sign):
-    for i in range(size):
-        _descend_momentum(p, m, i, sign * _load(g[i]), lr, decay, gain, weight_decay, lookahead)
+@njit(nogil=True, cache=True)
+def _chunk(p, g, kept, buf, twice, first, n, seed, ahead, row, scale, tag, kept_tag, partial):
+    """Sketch and update `n` elements from number `first` on, at the addresses `p`, `g`, `buf`; 0: there is none."""
+    lr = _scalar(row[0] * scale, tag)
+    decay = _scalar(row[1], tag)
+    gain = _scalar(row[2], tag)
+    weight_decay = _scalar(row[3], tag)
+    lookahead = _scalar(row[4], tag)
+    sign = _scalar(row[5], tag)
+    given = (
+        p,
+        g,
+        buf,
+        twice,
+        BUCKETS,
+        first,
+        n,
+        seed,
+        ahead,
+        lr,
+        sign,
+        decay,
+        gain,
+        weight_decay,
+        lookahead,
+        tag,
+        kept_tag,
+    )
+    if p == 0:
+        sq_norm, alignment, momentum_sq_norm = _measure(*given)
+    elif buf == 0:
+        sq_norm, alignment, momentum_sq_norm = _measure_update(*given)
+    else:
+        sq_norm, alignment, momentum_sq_norm = _measure_update_momentum(*given)
+    buckets_sq_norm = _halves(twice, BUCKETS, kept_tag)
+    stretch = np.sqrt(sq_norm / buckets_sq_norm) if sq_norm != 0 else 0.0
+    dot, diff_sq_norm, prev_sq_norm = _keep(twice, kept, stretch, kept_tag)
+    product = sq_norm * prev_sq_norm
+    rest = 1 - dot * dot / product if product != 0 else 0.0
+    partial[0] = dot * (1 + rest / (2 * BUCKETS))
+    partial[1] = sq_norm
+    partial[2] = diff_sq_norm
+    partial[3] = prev_sq_norm
+    partial[4] = alignment
+    partial[5] = momentum_sq_norm
+    partial[6] = product * rest * rest / BUCKETS
 
 
 @njit(nogil=True, cache=True, parallel=True)
 def _step(
     p,
     g,
-    q,
+    kept,
     buf,
     rows,
     hyper,
@@ -262,89 +384,69 @@ def _step(
     scale_of,
     tensor,
     start,
-    chunk,
-    sizes,
+    stop,
+    first_chunk,
     seeds,
     share,
+    ahead,
     tag,
     kept_tag,
     partials,
     bounds,
     out,
 ):
-    zero = _load(tag[0])
+    itemsize = _itemsize(tag)
     for thread in prange(share.size - 1):
-        buckets = np.empty(2 * BUCKETS, kept_tag.dtype)
-        squares = np.empty(8)
+        twice = np.empty(2 * BUCKETS, kept_tag.dtype)
         for c in range(share[thread], share[thread + 1]):
             k = tensor[c]
-            row = hyper[rows[k]]
-            lr = zero + type(zero)(row[0] * (scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0))
-            decay = zero + type(zero)(row[1])
-            gain = zero + type(zero)(row[2])
-            weight_decay = zero + type(zero)(row[3])
-            lookahead = zero + type(zero)(row[4])
-            sign = zero + type(zero)(row[5])
-            stop = min(start[c] + chunk[k], sizes[k])
-            whole = sizes[k] <= WHOLE
-            kept = q[k] + (0 if whole else start[c] // chunk[k] * BUCKETS * kept_tag.itemsize)
-            sq_norm = dot = diff_sq_norm = prev_sq_norm = variance = 0.0
-            offset = 0
-            buckets[:] = 0
-            squares[:] = 0
-            for first in range(start[c], stop, _PART):
-                size = min(_PART, stop - first)
-                y = numba.carray(_pointer(g[k] + first * tag.itemsize, tag), size)
-                if q[k] and whole:
-                    old = numba.carray(_pointer(kept + first * kept_tag.itemsize, kept_tag), size)
-                    sq_norm += _square(y, size)
-                    sums = _compare(y, old, 1.0)
-                    dot += sums[0]
-                    diff_sq_norm += sums[1]
-                    prev_sq_norm += sums[2]
-                    _keep(y, old, zero + 1)
-                elif q[k]:
-                    if first % BUCKETS == 0:
-                        offset = _offset(first, seeds[k], BUCKETS)
-                    place = buckets[offset + first % BUCKETS :]
-                    _add(y, place, first, seeds[k], squares, tag, kept_tag)
-                if p[k]:
-                    x = numba.carray(_pointer(p[k] + first * tag.itemsize, tag), size)
-                    m = numba.carray(_pointer(buf[k] + first * tag.itemsize, tag), size)
-                    if buf[k]:
-                        _descend_all_momentum(x, y, m, size, lr, decay, gain, weight_decay, lookahead, sign)
-                    else:
-                        _descend_all(x, y, m, size, lr, decay, gain, weight_decay, lookahead, sign)
-            if q[k] and not whole:
-                new, old = buckets[:BUCKETS], numba.carray(_pointer(kept, kept_tag), BUCKETS)
-                new += buckets[BUCKETS:]
-                sq_norm = squares.sum()
-                stretch = np.sqrt(sq_norm / _square(new, BUCKETS)) if sq_norm != 0 else 0.0
-                dot, diff_sq_norm, prev_sq_norm = _compare(new, old, stretch)
-                product = sq_norm * prev_sq_norm
-                rest = 1 - dot * dot / product if product != 0 else 0.0
-                variance = product * rest * rest / BUCKETS
-                dot *= 1 + rest / (2 * BUCKETS)
-                _keep(new, old, zero + type(zero)(stretch))
-            partials[c, 0] = dot
-            partials[c, 1] = sq_norm
-            partials[c, 2] = diff_sq_norm
-            partials[c, 3] = prev_sq_norm
-            partials[c, 4] = variance
-    if out.size:
-        _reduce(partials, bounds, out)
+            offset = start[c] * itemsize
+            twice[:] = 0
+            _chunk(
+                p[k] + offset if p.size else 0,
+                g[k] + offset,
+                kept[k] + (c - first_chunk[c]) * BUCKETS * _itemsize(kept_tag),
+                buf[k] + offset if buf.size and buf[k] else 0,
+                twice.ctypes.data,
+                start[c],
+                stop[c] - start[c],
+                seeds[k],
+                ahead,
+                hyper[rows[k] if p.size else 0],
+                scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0,
+                tag,
+                kept_tag,
+                partials[c],
+            )
+    _reduce(partials, bounds, out)
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _fold(kept, sizes, seeds, bounds, tag, out):
+def _fold(kept, sizes, seeds, bounds, tag, kept_tag, out):
     count = out.shape[1]
     for layer in prange(out.shape[0]):
-        buckets, squares = np.zeros(2 * count, tag.dtype), np.zeros(8)
+        twice = np.zeros(2 * count, kept_tag.dtype)
+        one = _scalar(1.0, tag)
         for k in range(bounds[layer], bounds[layer + 1]):
             seed = seeds[k] ^ np.uint32(FOLD)
-            for first in range(0, sizes[k], count):
-                size = min(count, sizes[k] - first)
-                x = numba.carray(_pointer(kept[k] + first * tag.itemsize, tag), size)
-                _add(x, buckets[_offset(first, seed, count) :], first, seed, squares, tag, tag)
+            _measure(
+                0,
+                kept[k],
+                0,
+                twice.ctypes.data,
+                count,
+                0,
+                sizes[k],
+                seed,
+                0,
+                one,
+                one,
+                one,
+                one,
+                one,
+                one,
+                tag,
+                kept_tag,
+            )
         for i in range(count):
-            out[layer, i] = buckets[i] + buckets[count + i]
+            out[layer, i] += twice[i] + twice[count + i]

@@ -6,14 +6,15 @@ and offsets do not depend on x and y: a CountSketch (Charikar, Chen, Farach-Colt
 place of single elements, which makes it a loop over consecutive memory. docs/sketch.md has the mathematics.
 
 A tensor is cut into chunks of consecutive elements, in the order of memory, each with :data:`BUCKETS`
-buckets of its own. What is kept of a step is, chunk by chunk, the sketch stretched to the chunk's exact norm;
-a tensor of at most :data:`WHOLE` elements is kept itself. Of two kept chunks a and b, with cosine c,
+buckets of its own. What is kept of a step is, chunk by chunk, the sketch stretched to the chunk's exact norm.
+Of two kept chunks a and b, with cosine c,
 
 * <g, g'> is estimated by <a, b> (1 + (1 - c^2) / 2k): the cosine of sketches is biased towards 0 by that
   factor, at first order;
-* its variance is ||a||^2 ||b||^2 (1 - c^2)^2 / k, and 0 for a tensor that is kept itself;
+* its variance is ||a||^2 ||b||^2 (1 - c^2)^2 / k;
 * ||g - g'||^2 is estimated by ||a - b||^2, which keeps its relative accuracy however close they are.
 
+Of a tensor of at most :data:`WHOLE` elements the gradient itself is kept, by the backend's own kernel.
 A layer's sums are those of its chunks. What is kept of a layer can be sketched again, to one vector of k'
 floats (:func:`fold`), and those of any two steps be compared.
 """
@@ -26,37 +27,51 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import SUMS as EXACT_SUMS
 from . import dense, torch_backend
 
 VERSION = 1
 """Of the map: sketches of different versions cannot be compared."""
 
-SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm", "dot_variance")
+SUMS = (*EXACT_SUMS, "dot_variance")
 """Names of the rows of a sketching plan's output."""
 
+ESTIMATED = [SUMS.index(name) for name in ("dot", "diff_sq_norm", "prev_sq_norm", "dot_variance")]
+"""Those that are taken from what is kept."""
+
 BUCKETS = 1024  # k: the standard error of a chunk's cosine is at most 1/32
-WHOLE = 1 << 14  # elements of a tensor up to which it is kept itself
+WHOLE = 1 << 14  # elements of a tensor up to which its gradient is kept itself
 
 GOLDEN, ODD, ODDER = 0x9E3779B1, 0x7FEB352D, 0x846CA68B  # Wellons' "lowbias32", after a Weyl sequence
 OFFSETS = 0x68E31DA4  # what tells the seed of a map's offsets from that of its signs
 FOLD = 0x5BD1E995  # what tells the seed of a tensor's second sketch from its first
 
 
+def sketched(tensor: Tensor) -> bool:
+    """Whether gradients of a parameter like `tensor` are sketched; else they are kept."""
+    return tensor.numel() > WHOLE
+
+
 def chunk_size(size: int) -> int:
     """Elements of a chunk of a tensor of `size` elements: a 16th of it from 2^11 to 2^16, a 64th beyond."""
-    if size <= WHOLE:
-        return max(size, 1)
     wanted = max(min(max(size // 16, 1 << 11), 1 << 16), size // 64)
     return -(-wanted // BUCKETS) * BUCKETS
 
 
 def kept_size(size: int) -> int:
-    """Elements that are kept of a tensor of `size` elements."""
-    return size if size <= WHOLE else -(-size // chunk_size(size)) * BUCKETS
+    """Floats that are kept of a tensor of `size` elements."""
+    return -(-size // chunk_size(size)) * BUCKETS
+
+
+def kept_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room, zeros, for what is kept of gradients of `dtype` of a parameter like `tensor`."""
+    if not sketched(tensor):
+        return torch.zeros_like(tensor, dtype=dtype)
+    return torch.zeros(kept_size(tensor.numel()), dtype=kept_dtype(dtype), device=tensor.device)
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of what is kept of gradients of `dtype`."""
+    """Of the sketches of gradients of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -88,71 +103,70 @@ def sketch(x: Tensor, first: int, seed: int, buckets: int) -> Tensor:
     rows = -(-len(x) // buckets)
     index = torch.arange(first, first + rows * buckets, device=x.device).view(rows, buckets)
     signed = torch.nn.functional.pad(x, (0, rows * buckets - len(x))).view(rows, buckets)
-    minus = hashed(index // 32, seed) >> (31 - index % 32) & 1  # 32 elements share a hash
+    # 32 elements share a hash, 8 apart: so vectors of 8 have a vector of hashes.
+    minus = hashed(index // 256 * 8 + index % 8, seed) >> (31 - index // 8 % 32) & 1
     signed = torch.where(minus == 1, -signed, signed)
     offset = hashed(index[:, :1] // buckets, seed ^ OFFSETS) % buckets
     return signed.gather(1, (index - offset) % buckets).sum(0)
 
 
-def fold(kept: Tensor, seed: int, buckets: int) -> Tensor:
-    """What is kept of a tensor, sketched again to `buckets`; the seed is the tensor's."""
-    return sketch(kept, 0, seed ^ FOLD, buckets)
+def fold(kept: Sequence[Tensor], layer_of: Sequence[int], seeds: Sequence[int], out: Tensor) -> None:
+    """Sketch what is kept of parameters of one dtype again, and add it to `out`, see :meth:`Plan.fold`.
+
+    Args:
+        kept: each dense, in any order of dimensions.
+        layer_of, seeds: of each; sorted by layer.
+        out: float32, shape (L, k').
+    """
+    for x, layer, seed in zip(kept, layer_of, seeds, strict=True):
+        flat = x.as_strided((x.numel(),), (1,)).float()
+        out[layer] += sketch(flat, 0, seed ^ FOLD, out.shape[1])
 
 
-def keep(chunk: Tensor, first: int, seed: int, whole: bool) -> Tensor:
-    """What is kept of a chunk of a gradient that begins at element `first`: float64."""
+def stretched(chunk: Tensor, first: int, seed: int) -> Tensor:
+    """What is kept of a chunk of a gradient that begins at element `first`: float64, shape (k,)."""
     chunk = chunk.double()
-    if whole:
-        return chunk
-    buckets = sketch(chunk, first, seed, BUCKETS)
-    sq_norm = chunk.dot(chunk)
+    buckets, sq_norm = sketch(chunk, first, seed, BUCKETS), chunk.dot(chunk)
     # All zeros stay that; what has fallen into each other's buckets entirely becomes NaN.
     return torch.where(sq_norm == 0, 0.0, buckets * (sq_norm / buckets.dot(buckets)).sqrt())
 
 
-def compare(kept: Tensor, prev: Tensor, whole: bool) -> Tensor:
-    """:data:`SUMS` of one chunk, of what is kept of two gradients: float64, shape (5,)."""
+def compare(kept: Tensor, prev: Tensor) -> Tensor:
+    """What :data:`ESTIMATED` names, of one chunk, from what is kept of two gradients: float64, shape (4,)."""
     kept, prev = kept.double(), prev.double()
     diff = kept - prev
-    dot, sq_norm, prev_sq_norm = kept.dot(prev), kept.dot(kept), prev.dot(prev)
-    product = sq_norm * prev_sq_norm
-    rest = torch.where(product == 0, 0.0, 1 - dot * dot / product) * (not whole)
+    dot, prev_sq_norm = kept.dot(prev), prev.dot(prev)
+    product = kept.dot(kept) * prev_sq_norm
+    rest = torch.where(product == 0, 0.0, 1 - dot * dot / product)
     corrected, variance = dot * (1 + rest / (2 * BUCKETS)), product * rest * rest / BUCKETS
-    return torch.stack([corrected, sq_norm, diff.dot(diff), prev_sq_norm, variance])
+    return torch.stack([corrected, diff.dot(diff), prev_sq_norm, variance])
 
 
 class Batch(torch_backend.Batch):
-    """See :class:`oscopt.kernels.BatchProtocol`."""
+    """As :class:`oscopt.kernels.BatchProtocol`, of parameters that are sketched: `prevs[i]` is what is kept of
+    the last gradient, and is always overwritten with what is kept of this one."""
 
     def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds) -> None:
         super().__init__(params, layer_of, num_layers, scale_of)
         self._seeds = seeds
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
+        exact = None if out is None else out[: len(EXACT_SUMS)]
+        super().step(grads, None, bufs, None, rows, hyper, exact, scale, bound)
         if prevs is not None:
-            out.zero_()
+            sums = torch.zeros((len(ESTIMATED), out.shape[1]), dtype=torch.float64, device=out.device)
             for i, layer in enumerate(self._layer_of):
-                if layer >= 0:
-                    out[:, layer] += self._sketch(i, grads[i], prevs[i])
-            out.masked_fill_(~out.isfinite(), torch.nan)
-        super().step(grads, None, bufs, None, rows, hyper, None, scale)
+                sums[:, layer] += self._sketch(i, grads[i], prevs[i])
+            out[ESTIMATED] = sums.masked_fill_(~sums.isfinite(), torch.nan)
 
     def _sketch(self, i: int, grad: Tensor, kept: Tensor) -> Tensor:
-        """:data:`SUMS` of one gradient; it is kept."""
+        """What :data:`ESTIMATED` names, of one gradient; it is kept."""
         size = grad.numel()
         flat = grad.as_strided((size,), (1,)) if dense(self._params[i]) else grad.reshape(-1)
-        step, whole = chunk_size(size), size <= WHOLE
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=grad.device)
-        chunks = zip(flat.split(step), kept.split(step if whole else BUCKETS), strict=True)
-        for n, (chunk, place) in enumerate(chunks):
-            new = keep(chunk, n * step, self._seeds[i], whole)
-            sums += compare(new, place, whole)
+        sums = torch.zeros(len(ESTIMATED), dtype=torch.float64, device=grad.device)
+        step = chunk_size(size)
+        for n, (chunk, place) in enumerate(zip(flat.split(step), kept.split(BUCKETS), strict=True)):
+            new = stretched(chunk, n * step, self._seeds[i])
+            sums += compare(new, place)
             place.copy_(new)
         return sums
-
-    def fold(self, kept: Sequence[Tensor], out: Tensor) -> None:
-        """See :meth:`oscopt.kernels.Plan.fold`."""
-        out.zero_()
-        for i, layer in enumerate(self._layer_of):
-            if layer >= 0:
-                out[layer] += fold(kept[i], self._seeds[i], out.shape[1])

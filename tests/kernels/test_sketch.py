@@ -58,14 +58,14 @@ STRUCTURES = (
 
 def estimates(g: torch.Tensor, h: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Correlation and standard error of two gradients of one tensor, for many seeds: shape (SEEDS,) each."""
-    grads, kept = [h] * SEEDS, [torch.zeros(sketch.kept_size(h.numel())) for _ in range(SEEDS)]
-    index, out = list(range(SEEDS)), torch.zeros((5, SEEDS), dtype=torch.float64)
+    grads, kept = [h] * SEEDS, [sketch.kept_like(h, h.dtype) for _ in range(SEEDS)]
+    index, out = list(range(SEEDS)), torch.zeros((len(sketch.SUMS), SEEDS), dtype=torch.float64)
     plan = kernels.Plan(
         grads, grads, index, SEEDS, numba_backend, seeds=[sketch.seed_of(str(i)) for i in index]
     )
     for now in (h, g):
-        plan.step([now] * SEEDS, kept, None, None, [0] * SEEDS, None, out)
-    dot, sq_norm, _, prev_sq_norm, variance = out.numpy()
+        plan.step([now] * SEEDS, kept, None, [True] * SEEDS, [0] * SEEDS, None, out)
+    dot, sq_norm, _, prev_sq_norm, *_, variance = out.numpy()
     norms = np.sqrt(sq_norm * prev_sq_norm)
     return dot / norms, np.sqrt(variance) / norms
 
@@ -97,12 +97,12 @@ def test_numba_is_the_definition(dtype, momentum):
         torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(0)
         params, *steps = ([torch.randn(n, generator=generator).to(dtype) for n in sizes] for _ in range(4))
-        kept = [torch.zeros(sketch.kept_size(n), dtype=sketch.kept_dtype(dtype)) for n in sizes]
+        kept = [sketch.kept_like(p, dtype) for p in params]
         bufs = [torch.zeros_like(p) for p in params] if momentum else None
-        out, scale = torch.zeros((5, 2), dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
+        out, scale = torch.zeros((7, 2), dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
         plan = kernels.Plan(params, steps[0], layer_of, 2, module, seeds=list(range(6)))
         for grads in steps:
-            plan.step(grads, kept, bufs, None, [0] * 6, [FULL if momentum else PLAIN], out, scale)
+            plan.step(grads, kept, bufs, [True] * 6, [0] * 6, [FULL if momentum else PLAIN], out, scale)
         folded = [torch.zeros((2, k)) for k in (16, 256)]
         for vectors in folded:
             plan.fold(kept, vectors)
@@ -123,11 +123,11 @@ def test_numba_is_the_definition(dtype, momentum):
 def test_not_finite_is_not_a_number(module, size):
     grads = [torch.ones(size), torch.ones(size)]
     grads[0][size - 1] = torch.inf
-    kept = [torch.zeros(sketch.kept_size(size)) for _ in range(2)]
-    out = torch.zeros((5, 2), dtype=torch.float64)
+    kept = [sketch.kept_like(g, g.dtype) for g in grads]
+    out = torch.zeros((7, 2), dtype=torch.float64)
     plan = kernels.Plan(grads, grads, [0, 1], 2, module, seeds=[1, 2])
-    plan.step(grads, kept, None, None, [0, 0], None, out)
+    plan.step(grads, kept, None, [True] * 2, [0, 0], None, out)
     assert out[:3, 0].isnan().all() and out[1, 1].item() == pytest.approx(size)
     grads[0][size - 1] = 1.0
-    plan.step(grads, kept, None, None, [0, 0], None, out)
+    plan.step(grads, kept, None, [True] * 2, [0, 0], None, out)
     assert out[0, 0].isnan() and out[3, 0].isnan() and out[0, 1].item() == pytest.approx(size)

@@ -1,8 +1,8 @@
 """CPU: one parallel loop over chunks of all tensors, through a table of addresses, compiled once a dtype.
 
 A chunk is worked off in parts: prefetch a part some way ahead (the processor's own prefetching stops at every
-page), sum (reads g_t, g_{t-1}), update (reads g_t again, from the cache; reads and writes the parameter), so
-memory is passed over once. How large a part is and whether it is prefetched depends on the processor. What is
+page), sum (reads g_t, g_{t-1} and the momentum), update (reads g_t and the momentum again, from the cache;
+reads and writes the parameter), so memory is passed over once. How large a part is and whether it is prefetched depends on the processor. What is
 done is decided at run time by the hyperparameters and by null addresses, so that nothing is compiled twice.
 """
 
@@ -24,7 +24,7 @@ from numba.core.event import Listener, install_listener
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
-from . import Tensors, addresses
+from . import HYPER, SUMS, Tensors, addresses
 
 NAME = "numba"
 
@@ -85,7 +85,8 @@ _STORAGE = {
 }
 DTYPES = tuple(_STORAGE)
 _NO_ADDRESSES = np.zeros(0, np.int64)
-_NO_SCALE = np.zeros(0)
+_NO_COPIES = np.zeros(0, np.bool_)
+_NO_ENTRIES = np.zeros(0)
 _NO_SUMS = np.zeros((0, 0))
 
 
@@ -112,11 +113,11 @@ class Batch:
         # Tensors are sorted by layer, so a layer's chunks are neighbours: [bounds[l], bounds[l + 1]).
         layer_of_chunk = np.asarray(layer_of, np.int64)[self._tensor]
         self._layer_bounds = np.searchsorted(layer_of_chunk, np.arange(num_layers + 1))
-        self._partials = np.zeros((len(self._tensor), 4))
+        self._partials = np.zeros((len(self._tensor), len(SUMS)))
         self._shares: dict[int, np.ndarray] = {}
         self._scale_of = np.array(layer_of if scale_of is None else scale_of, np.int64)
         self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NO_ADDRESSES)
-        self._hyper: tuple[object, np.ndarray] = (None, np.zeros((1, 6)))
+        self._hyper: tuple[object, np.ndarray] = (None, np.zeros((1, len(HYPER))))
 
     def _chunk_sizes(self, sizes: np.ndarray) -> np.ndarray:
         """Elements of a chunk of every tensor."""
@@ -139,10 +140,11 @@ class Batch:
             addresses(grads),
             addresses(prevs) if prevs is not None else _NO_ADDRESSES,
             _addresses_of_some(bufs) if bufs is not None else _NO_ADDRESSES,
-            np.array(copies, np.bool_) if copies is not None else np.zeros(0, np.bool_),
+            np.array(copies, np.bool_) if copies is not None else _NO_COPIES,
             self._rows[1],
             self._hyper[1],
-            scale.numpy() if scale is not None else _NO_SCALE,
+            scale.numpy() if scale is not None else _NO_ENTRIES,
+            bound.numpy() if bound is not None else _NO_ENTRIES,
             self._scale_of,
             self._tensor,
             self._start,
@@ -153,7 +155,7 @@ class Batch:
             self._tag,
             self._partials,
             self._layer_bounds,
-            out.numpy() if prevs is not None else _NO_SUMS,
+            out.numpy() if out is not None else _NO_SUMS,
         )
         numba.set_num_threads(threads)
         _call(_step, arguments, self._params[0].dtype)
@@ -390,6 +392,19 @@ def _where(typing_context, condition, a, b):
 
 
 @intrinsic
+def _clip(typing_context, values, bound):
+    """The vector `values`, between minus `bound` and `bound`; NaN stays."""
+
+    def generate(context, builder, signature, args):
+        high = _splat(builder, args[1], args[0].type)
+        low = builder.fneg(high)
+        clipped = builder.select(builder.fcmp_ordered(">", args[0], high), high, args[0])
+        return builder.select(builder.fcmp_ordered("<", clipped, low), low, clipped)
+
+    return values(values, values.dtype), generate
+
+
+@intrinsic
 def _total(typing_context, values):
     """The sum over the lanes: halves are added until one is left."""
 
@@ -425,7 +440,8 @@ def _prefetch(typing_context, address):
 
 def _descend(lanes):
     @njit(nogil=True)
-    def descend(p, buf, g, sign, lr, decay, gain, weight_decay, lookahead, tag):
+    def descend(p, buf, g, row, tag):
+        lr, decay, gain, weight_decay, lookahead, sign, bound, shrink = row
         x = _load(p, tag, lanes)
         # A sign of 1 or -1 changes no rounding: it goes with the numbers that do not change.
         d = _where(weight_decay != 0, _fma(sign * weight_decay, x, g), g)
@@ -436,7 +452,8 @@ def _descend(lanes):
 
 def _descend_momentum(lanes):
     @njit(nogil=True)
-    def descend_momentum(p, buf, g, sign, lr, decay, gain, weight_decay, lookahead, tag):
+    def descend_momentum(p, buf, g, row, tag):
+        lr, decay, gain, weight_decay, lookahead, sign, bound, shrink = row
         x = _load(p, tag, lanes)
         d = _multiply(sign, g)
         d = _where(weight_decay != 0, _fma(weight_decay, x, d), d)
@@ -447,18 +464,39 @@ def _descend_momentum(lanes):
     return descend_momentum
 
 
-def _sweep(kind, measured, lanes):
+def _descend_bounded(lanes):
+    @njit(nogil=True)
+    def descend_bounded(p, buf, g, row, tag):
+        lr, decay, gain, weight_decay, lookahead, sign, bound, shrink = row
+        x = _load(p, tag, lanes)
+        b = _fma(sign * gain, g, _multiply(decay, _load(buf, tag, lanes)))
+        _store(buf, tag, b)
+        d = _fma(_scalar(0.0, tag), b, _clip(b, bound))  # 0 times what is not finite is NaN
+        d = _where(shrink != 0, _fma(shrink, x, d), d)
+        _store(p, tag, _fma(-lr, d, x))
+
+    return descend_bounded
+
+
+MODE = os.environ.get("KMODE", "sum")
+
+
+def _sweep(momentum, pair, lanes, measured):
     """One pass over `n` bytes of each array, a whole number of vectors."""
-    update = kind(lanes) if kind is not None else None
-    updated, buffered = kind is not None, kind is _descend_momentum
+    update, update_bounded = (_descend_momentum if momentum else _descend)(lanes), _descend_bounded(lanes)
+    align = momentum and measured
+    together = MODE == "sum"
 
     @njit(nogil=True)
-    def sweep(p, g, q, buf, copy, n, part, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag):
+    def sweep(p, g, q, buf, copy, updated, n, part, ahead, row, tag):
         width = lanes * _itemsize(tag)
         dot = _zeros(lanes)
         sq_norm = _zeros(lanes)
         diff_sq_norm = _zeros(lanes)
         prev_sq_norm = _zeros(lanes)
+        alignment = _zeros(lanes)
+        momentum_sq_norm = _zeros(lanes)
+        bounded = momentum and row[6] < np.inf
         start = 0
         while start < n:
             stop = min(start + part, n)
@@ -467,87 +505,145 @@ def _sweep(kind, measured, lanes):
                 last = min(stop + ahead, n)
                 while line < last:
                     _prefetch(g + line)
-                    if measured:
+                    if pair:
                         _prefetch(q + line)
+                    if momentum:
+                        _prefetch(buf + line)
                     if updated:
                         _prefetch(p + line)
-                    if buffered:
-                        _prefetch(buf + line)
                     line += 64
-            if measured:
+            if measured and (together or pair):
                 i = start
                 while i < stop:
                     a = _wide(_load(g + i, tag, lanes))
-                    b = _wide(_load(q + i, tag, lanes))
-                    d = _subtract(a, b)
-                    dot = _fma(a, b, dot)
                     sq_norm = _fma(a, a, sq_norm)
-                    diff_sq_norm = _fma(d, d, diff_sq_norm)
-                    prev_sq_norm = _fma(b, b, prev_sq_norm)
+                    if pair:
+                        b = _wide(_load(q + i, tag, lanes))
+                        d = _subtract(a, b)
+                        dot = _fma(a, b, dot)
+                        diff_sq_norm = _fma(d, d, diff_sq_norm)
+                        prev_sq_norm = _fma(b, b, prev_sq_norm)
+                    if align and together:
+                        m = _wide(_load(buf + i, tag, lanes))
+                        alignment = _fma(a, m, alignment)
+                        momentum_sq_norm = _fma(m, m, momentum_sq_norm)
                     i += width
-            if updated:
+            if align and MODE == "two":
+                i = start
+                while i < stop:
+                    a = _wide(_load(g + i, tag, lanes))
+                    m = _wide(_load(buf + i, tag, lanes))
+                    if not pair:
+                        sq_norm = _fma(a, a, sq_norm)
+                    alignment = _fma(a, m, alignment)
+                    momentum_sq_norm = _fma(m, m, momentum_sq_norm)
+                    i += width
+            if updated and not bounded:
                 i = start
                 while i < stop:
                     values = _load(g + i, tag, lanes)
-                    update(p + i, buf + i, values, sign, lr, decay, gain, weight_decay, lookahead, tag)
+                    if align and MODE == "update":
+                        a = _wide(values)
+                        m = _wide(_load(buf + i, tag, lanes))
+                        if not pair:
+                            sq_norm = _fma(a, a, sq_norm)
+                        alignment = _fma(a, m, alignment)
+                        momentum_sq_norm = _fma(m, m, momentum_sq_norm)
+                    update(p + i, buf + i, values, row, tag)
                     i += width
-            if measured and copy:
+            if momentum and updated and bounded:
+                i = start
+                while i < stop:
+                    values = _load(g + i, tag, lanes)
+                    if align and MODE == "update":
+                        a = _wide(values)
+                        m = _wide(_load(buf + i, tag, lanes))
+                        if not pair:
+                            sq_norm = _fma(a, a, sq_norm)
+                        alignment = _fma(a, m, alignment)
+                        momentum_sq_norm = _fma(m, m, momentum_sq_norm)
+                    update_bounded(p + i, buf + i, values, row, tag)
+                    i += width
+            if pair and copy:
                 i = start
                 while i < stop:
                     _copy(q + i, g + i, tag, lanes)
                     i += width
             start = stop
-        return _total(dot), _total(sq_norm), _total(diff_sq_norm), _total(prev_sq_norm)
+        return (
+            _total(dot),
+            _total(sq_norm),
+            _total(diff_sq_norm),
+            _total(prev_sq_norm),
+            _total(alignment),
+            _total(momentum_sq_norm),
+        )
 
     return sweep
 
 
-def _loop(kind, measured):
+def _loop(*, momentum, pair, measured):
     """A chunk: whole vectors, then one element at a time."""
-    wide, narrow = _sweep(kind, measured, _LANES), _sweep(kind, measured, 1)
+    wide, narrow = (_sweep(momentum, pair, lanes, measured) for lanes in (_LANES, 1))
 
     @njit(nogil=True)
-    def loop(p, g, q, buf, copy, n, part, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag):
+    def loop(p, g, q, buf, copy, n, part, ahead, row, tag):
         whole = n - n % (_LANES * _itemsize(tag))
-        a = wide(p, g, q, buf, copy, whole, part, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag)
+        updated = p != 0
+        a = wide(p, g, q, buf, copy, updated, whole, part, ahead, row, tag)
         p, g, q, buf, n = p + whole, g + whole, q + whole, buf + whole, n - whole
-        b = narrow(p, g, q, buf, copy, n, part, 0, lr, sign, decay, gain, weight_decay, lookahead, tag)
-        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+        b = narrow(p, g, q, buf, copy, updated, n, part, 0, row, tag)
+        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5]
 
     return loop
 
 
-_measure = _loop(None, True)
-_update, _measure_update = _loop(_descend, False), _loop(_descend, True)
-_update_momentum, _measure_update_momentum = _loop(_descend_momentum, False), _loop(_descend_momentum, True)
+_plain = _loop(momentum=False, pair=False, measured=False)
+_plain_pair = _loop(momentum=False, pair=True, measured=True)
+_momentum = _loop(momentum=True, pair=False, measured=False)
+_momentum_align = _loop(momentum=True, pair=False, measured=True)
+_momentum_pair = _loop(momentum=True, pair=True, measured=True)
 
 
 @njit(nogil=True, cache=True)
-def _chunk(p, g, q, buf, copy, n, part, ahead, row, scale, tag):
+def _chunk(p, g, q, buf, copy, n, part, ahead, measured, row, scale, bound, tag):
     """Sum and update `n` bytes at the addresses `p`, `g`, `q`, `buf`; 0 leaves its part out."""
-    lr = _scalar(row[0] * scale, tag)
-    decay = _scalar(row[1], tag)
-    gain = _scalar(row[2], tag)
-    weight_decay = _scalar(row[3], tag)
-    lookahead = _scalar(row[4], tag)
-    sign = _scalar(row[5], tag)
-    given = (p, g, q, buf, copy, n, part, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag)
-    if p == 0:
-        return _measure(*given)
+    limit = _scalar(bound, tag)
+    weight_decay, lookahead, shrink = row[3], row[4], 0.0
+    if buf != 0 and limit < np.inf:
+        weight_decay, lookahead, shrink = 0.0, 0.0, weight_decay * bound
+    scalars = (
+        _scalar(row[0] * scale, tag),
+        _scalar(row[1], tag),
+        _scalar(row[2], tag),
+        _scalar(weight_decay, tag),
+        _scalar(lookahead, tag),
+        _scalar(row[5], tag),
+        limit,
+        _scalar(shrink, tag),
+    )
     if buf == 0:
-        return _measure_update(*given) if q != 0 else _update(*given)
-    return _measure_update_momentum(*given) if q != 0 else _update_momentum(*given)
+        if q != 0 or measured:
+            # Without a pair there is one with itself, which nobody reads.
+            return _plain_pair(p, g, q if q != 0 else g, buf, copy, n, part, ahead, scalars, tag)
+        return _plain(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+    if q != 0:
+        return _momentum_pair(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+    if measured:
+        return _momentum_align(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+    return _momentum(p, g, q, buf, copy, n, part, ahead, scalars, tag)
 
 
 @njit(nogil=True, cache=True)
-def _reduce(partials, bounds, out):
+def _reduce(partials, bounds, pair, align, out):
     """Sum the chunks of each layer, in their order: the same bits for any number of threads."""
     for layer in range(bounds.size - 1):
         for s in range(partials.shape[1]):
+            taken = s == 1 or (align if s > 3 else pair)
             total = 0.0
             for c in range(bounds[layer], bounds[layer + 1]):
                 total += partials[c, s]
-            out[s, layer] = total if np.isfinite(total) else np.nan
+            out[s, layer] = total if taken and np.isfinite(total) else np.nan
 
 
 @njit(nogil=True, cache=True, parallel=True)
@@ -560,6 +656,7 @@ def _step(
     rows,
     hyper,
     scale,
+    bound,
     scale_of,
     tensor,
     start,
@@ -569,7 +666,7 @@ def _step(
     ahead,
     tag,
     partials,
-    bounds,
+    layer_bounds,
     out,
 ):
     itemsize = _itemsize(tag)
@@ -577,6 +674,8 @@ def _step(
         for c in range(share[thread], share[thread + 1]):
             k = tensor[c]
             offset = start[c] * itemsize
+            row = hyper[rows[k] if p.size else 0]
+            entry = scale_of[k]
             sums = _chunk(
                 p[k] + offset if p.size else 0,
                 g[k] + offset,
@@ -586,13 +685,15 @@ def _step(
                 (stop[c] - start[c]) * itemsize,
                 part,
                 ahead,
-                hyper[rows[k] if p.size else 0],
-                scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0,
+                out.size > 0,
+                row,
+                scale[entry] if scale.size and entry >= 0 else 1.0,
+                bound[entry] if bound.size and entry >= 0 else np.inf,
                 tag,
             )
-            partials[c, 0] = sums[0]
-            partials[c, 1] = sums[1]
-            partials[c, 2] = sums[2]
-            partials[c, 3] = sums[3]
+            for s in range(4):
+                partials[c, s] = sums[s]
+            partials[c, 4] = sums[4] * row[5] if p.size else sums[4]
+            partials[c, 5] = sums[5]
     if out.size:
-        _reduce(partials, bounds, out)
+        _reduce(partials, layer_bounds, q.size > 0, buf.size > 0, out)

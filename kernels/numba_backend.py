@@ -605,14 +605,14 @@ _momentum_align = _loop(momentum=True, pair=False, measured=True)
 _momentum_pair = _loop(momentum=True, pair=True, measured=True)
 
 
-@njit(nogil=True, cache=True)
-def _chunk(p, g, q, buf, copy, n, part, ahead, measured, row, scale, bound, tag):
-    """Sum and update `n` bytes at the addresses `p`, `g`, `q`, `buf`; 0 leaves its part out."""
+@njit(nogil=True)
+def _scalars(row, scale, bound, buffered, tag):
+    """What an update takes: a row of the hyperparameters, the bound, and the weight decay of a bounded update."""
     limit = _scalar(bound, tag)
     weight_decay, lookahead, shrink = row[3], row[4], 0.0
-    if buf != 0 and limit < np.inf:
+    if buffered and limit < np.inf:
         weight_decay, lookahead, shrink = 0.0, 0.0, weight_decay * bound
-    scalars = (
+    return (
         _scalar(row[0] * scale, tag),
         _scalar(row[1], tag),
         _scalar(row[2], tag),
@@ -622,6 +622,12 @@ def _chunk(p, g, q, buf, copy, n, part, ahead, measured, row, scale, bound, tag)
         limit,
         _scalar(shrink, tag),
     )
+
+
+@njit(nogil=True, cache=True)
+def _chunk(p, g, q, buf, copy, n, part, ahead, measured, row, scale, bound, tag):
+    """Sum and update `n` bytes at the addresses `p`, `g`, `q`, `buf`; 0 leaves its part out."""
+    scalars = _scalars(row, scale, bound, buf != 0, tag)
     if buf == 0:
         if q != 0 or measured:
             # Without a pair there is one with itself, which nobody reads.

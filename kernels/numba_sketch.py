@@ -21,13 +21,14 @@ from . import addresses, numba_backend
 from .numba_backend import (
     _LANES,
     _NO_ADDRESSES,
-    _NO_SCALE,
+    _NO_ENTRIES,
     _SERIAL,
     _STORAGE,
     FORM,
     _addresses_of_some,
     _call,
     _descend,
+    _descend_bounded,
     _descend_momentum,
     _fma,
     _itemsize,
@@ -36,6 +37,7 @@ from .numba_backend import (
     _prefetch,
     _reduce,
     _scalar,
+    _scalars,
     _splat,
     _store,
     _subtract,
@@ -63,7 +65,7 @@ class Batch(numba_backend.Batch):
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
         if prevs is None:
-            super().step(grads, None, bufs, None, rows, hyper, out, scale)
+            super().step(grads, None, bufs, None, rows, hyper, out, scale, bound)
             return
         of_torch = torch.get_num_threads()
         threads = min(of_torch, numba.config.NUMBA_NUM_THREADS) if self._work[-1] > _SERIAL else 1
@@ -74,7 +76,8 @@ class Batch(numba_backend.Batch):
             _addresses_of_some(bufs) if bufs is not None else _NO_ADDRESSES,
             np.array(rows, np.int64),
             np.array(hyper if hyper is not None else [[0.0] * 6], np.float64),
-            scale.numpy() if scale is not None else _NO_SCALE,
+            scale.numpy() if scale is not None else _NO_ENTRIES,
+            bound.numpy() if bound is not None else _NO_ENTRIES,
             self._scale_of,
             self._tensor,
             self._start,
@@ -188,21 +191,21 @@ def _offset(first, seed, buckets):
     return np.int64(_first_lane(_hashed(first // buckets, seed ^ np.uint32(OFFSETS), 1))) % buckets
 
 
-def _run(kind, lanes):
-    """`n` elements from number `first` of their tensor on, within one run: a whole number of 4 vectors.
+def _run(momentum, lanes):
+    """`n` elements from number `first` of their tensor on, within one run: a whole number of words.
 
     They are added to the buckets at the address `place`; their squares are summed, and with a momentum buffer
     their products with it, and its squares.
     """
-    update = kind(lanes) if kind is not None else None
-    updated, buffered, word = kind is not None, kind is _descend_momentum, 4 * lanes if lanes > 1 else 1
+    update, update_bounded = (_descend_momentum if momentum else _descend)(lanes), _descend_bounded(lanes)
+    vectors = _WORD // lanes if lanes > 1 else 1
+    word = vectors * lanes
 
     @njit(nogil=True)
-    def run(
-        p, g, buf, place, first, n, seed, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag, kept_tag
-    ):
+    def run(p, g, buf, place, first, n, seed, ahead, updated, row, tag, kept_tag):
         size, kept_size = _itemsize(tag), _itemsize(kept_tag)
         sq_norm, alignment, momentum_sq_norm = _zeros(lanes), _zeros(lanes), _zeros(lanes)
+        bounded = momentum and row[6] < np.inf
         i = 0
         while i < n:
             at = first + i
@@ -214,12 +217,12 @@ def _run(kind, lanes):
                     last = line + word * size
                     while line < last:
                         _prefetch(g + line)
+                        if momentum:
+                            _prefetch(buf + line)
                         if updated:
                             _prefetch(p + line)
-                        if buffered:
-                            _prefetch(buf + line)
                         line += 64
-                for j in range(word // lanes):
+                for j in range(vectors):
                     at = (i + j * lanes) * size
                     bucket = place + (i + j * lanes) * kept_size
                     values = _load(g + at, tag, lanes)
@@ -227,71 +230,52 @@ def _run(kind, lanes):
                     bits = _shifted(bits, 1)
                     a = _wide(values)
                     sq_norm = _fma(a, a, sq_norm)
-                if buffered:
-                    for j in range(word // lanes):
-                        at = (i + j * lanes) * size
-                        a, b = _wide(_load(g + at, tag, lanes)), _wide(_load(buf + at, tag, lanes))
+                    if momentum:
+                        b = _wide(_load(buf + at, tag, lanes))
                         alignment = _fma(a, b, alignment)
                         momentum_sq_norm = _fma(b, b, momentum_sq_norm)
-                if updated:
-                    for j in range(word // lanes):
+                if updated and not bounded:
+                    for j in range(vectors):
                         at = (i + j * lanes) * size
-                        values = _load(g + at, tag, lanes)
-                        update(
-                            p + at, buf + at, values, sign, lr, decay, gain, weight_decay, lookahead, tag
-                        )
+                        update(p + at, buf + at, _load(g + at, tag, lanes), row, tag)
+                if momentum and updated and bounded:
+                    for j in range(vectors):
+                        at = (i + j * lanes) * size
+                        update_bounded(p + at, buf + at, _load(g + at, tag, lanes), row, tag)
                 i += word
         return _total(sq_norm), _total(alignment), _total(momentum_sq_norm)
 
     return run
 
 
-def _runs(kind):
-    """A whole chunk: runs of `buckets` elements, each rotated; sums as of :func:`_run`."""
-    wide, narrow = _run(kind, _LANES), _run(kind, 1)
+def _runs(momentum):
+    """Elements from number `first` on, in runs of `buckets`, each rotated; sums as of :func:`_run`."""
+    wide, narrow = _run(momentum, _LANES), _run(momentum, 1)
 
     @njit(nogil=True)
-    def runs(
-        p,
-        g,
-        buf,
-        twice,
-        buckets,
-        first,
-        n,
-        seed,
-        ahead,
-        lr,
-        sign,
-        decay,
-        gain,
-        weight_decay,
-        lookahead,
-        tag,
-        kept_tag,
-    ):
+    def runs(p, g, buf, twice, buckets, first, n, seed, ahead, row, tag, kept_tag):
         sq_norm = alignment = momentum_sq_norm = 0.0
-        size, kept_size = _itemsize(tag), _itemsize(kept_tag)
-        given = (seed, ahead, lr, sign, decay, gain, weight_decay, lookahead, tag, kept_tag)
-        for i in range(0, n, buckets):
-            place = twice + _offset(first + i, seed, buckets) * kept_size
-            count = min(n - i, buckets)
+        size, kept_size, updated = _itemsize(tag), _itemsize(kept_tag), p != 0
+        for start in range(0, n, buckets):
+            place = twice + _offset(first + start, seed, buckets) * kept_size
+            count = min(n - start, buckets)
             words = count - count % _WORD
-            at = i * size
-            a = wide(p + at, g + at, buf + at, place, first + i, words, *given)
-            i, count = i + words, count - words
-            at = i * size
+            at, number = start * size, first + start
+            a = wide(
+                p + at, g + at, buf + at, place, number, words, seed, ahead, updated, row, tag, kept_tag
+            )
             place += words * kept_size
-            b = narrow(p + at, g + at, buf + at, place, first + i, count, *given)
+            at, number, count = at + words * size, number + words, count - words
+            b = narrow(p + at, g + at, buf + at, place, number, count, seed, 0, updated, row, tag, kept_tag)
             sq_norm += a[0] + b[0]
             alignment += a[1] + b[1]
             momentum_sq_norm += a[2] + b[2]
-        return sq_norm, sign * alignment, momentum_sq_norm
+        return sq_norm, alignment, momentum_sq_norm
 
     return runs
 
 
-_measure, _measure_update, _measure_update_momentum = _runs(None), _runs(_descend), _runs(_descend_momentum)
+_plain, _momentum = _runs(momentum=False), _runs(momentum=True)
 
 
 @njit(nogil=True)
@@ -325,51 +309,23 @@ def _keep(new, old, stretch, kept_tag):
 
 
 @njit(nogil=True, cache=True)
-def _chunk(p, g, kept, buf, twice, first, n, seed, ahead, row, scale, tag, kept_tag, partial):
+def _chunk(p, g, kept, buf, twice, first, n, seed, ahead, row, scale, bound, tag, kept_tag):
     """Sketch and update `n` elements from number `first` on, at the addresses `p`, `g`, `buf`; 0: there is none."""
-    lr = _scalar(row[0] * scale, tag)
-    decay = _scalar(row[1], tag)
-    gain = _scalar(row[2], tag)
-    weight_decay = _scalar(row[3], tag)
-    lookahead = _scalar(row[4], tag)
-    sign = _scalar(row[5], tag)
-    given = (
-        p,
-        g,
-        buf,
-        twice,
-        BUCKETS,
-        first,
-        n,
-        seed,
-        ahead,
-        lr,
-        sign,
-        decay,
-        gain,
-        weight_decay,
-        lookahead,
-        tag,
-        kept_tag,
-    )
-    if p == 0:
-        sq_norm, alignment, momentum_sq_norm = _measure(*given)
-    elif buf == 0:
-        sq_norm, alignment, momentum_sq_norm = _measure_update(*given)
+    scalars = _scalars(row, scale, bound, buf != 0, tag)
+    if buf == 0:
+        sums = _plain(p, g, buf, twice, BUCKETS, first, n, seed, ahead, scalars, tag, kept_tag)
     else:
-        sq_norm, alignment, momentum_sq_norm = _measure_update_momentum(*given)
+        sums = _momentum(p, g, buf, twice, BUCKETS, first, n, seed, ahead, scalars, tag, kept_tag)
+    sq_norm, alignment, momentum_sq_norm = sums
     buckets_sq_norm = _halves(twice, BUCKETS, kept_tag)
     stretch = np.sqrt(sq_norm / buckets_sq_norm) if sq_norm != 0 else 0.0
     dot, diff_sq_norm, prev_sq_norm = _keep(twice, kept, stretch, kept_tag)
     product = sq_norm * prev_sq_norm
     rest = 1 - dot * dot / product if product != 0 else 0.0
-    partial[0] = dot * (1 + rest / (2 * BUCKETS))
-    partial[1] = sq_norm
-    partial[2] = diff_sq_norm
-    partial[3] = prev_sq_norm
-    partial[4] = alignment
-    partial[5] = momentum_sq_norm
-    partial[6] = product * rest * rest / BUCKETS
+    dot *= 1 + rest / (2 * BUCKETS)
+    variance = product * rest * rest / BUCKETS
+    sign = row[5] if p != 0 else 1.0
+    return dot, sq_norm, diff_sq_norm, prev_sq_norm, sign * alignment, momentum_sq_norm, variance
 
 
 @njit(nogil=True, cache=True, parallel=True)
@@ -381,6 +337,7 @@ def _step(
     rows,
     hyper,
     scale,
+    bound,
     scale_of,
     tensor,
     start,
@@ -401,8 +358,9 @@ def _step(
         for c in range(share[thread], share[thread + 1]):
             k = tensor[c]
             offset = start[c] * itemsize
+            entry = scale_of[k]
             twice[:] = 0
-            _chunk(
+            sums = _chunk(
                 p[k] + offset if p.size else 0,
                 g[k] + offset,
                 kept[k] + (c - first_chunk[c]) * BUCKETS * _itemsize(kept_tag),
@@ -413,12 +371,19 @@ def _step(
                 seeds[k],
                 ahead,
                 hyper[rows[k] if p.size else 0],
-                scale[scale_of[k]] if scale.size and scale_of[k] >= 0 else 1.0,
+                scale[entry] if scale.size and entry >= 0 else 1.0,
+                bound[entry] if bound.size and entry >= 0 else np.inf,
                 tag,
                 kept_tag,
-                partials[c],
             )
-    _reduce(partials, bounds, out)
+            for s in range(7):
+                partials[c, s] = sums[s]
+    _reduce(partials, bounds, True, buf.size > 0, out)
+    for layer in range(out.shape[1]):  # no matter whether there is a momentum
+        total = 0.0
+        for c in range(bounds[layer], bounds[layer + 1]):
+            total += partials[c, 6]
+        out[6, layer] = total if np.isfinite(total) else np.nan
 
 
 @njit(nogil=True, cache=True, parallel=True)
@@ -426,27 +391,9 @@ def _fold(kept, sizes, seeds, bounds, tag, kept_tag, out):
     count = out.shape[1]
     for layer in prange(out.shape[0]):
         twice = np.zeros(2 * count, kept_tag.dtype)
-        one = _scalar(1.0, tag)
+        none = _scalars(np.zeros(6), 1.0, np.inf, False, tag)
         for k in range(bounds[layer], bounds[layer + 1]):
             seed = seeds[k] ^ np.uint32(FOLD)
-            _measure(
-                0,
-                kept[k],
-                0,
-                twice.ctypes.data,
-                count,
-                0,
-                sizes[k],
-                seed,
-                0,
-                one,
-                one,
-                one,
-                one,
-                one,
-                one,
-                tag,
-                kept_tag,
-            )
+            _plain(0, kept[k], 0, twice.ctypes.data, count, 0, sizes[k], seed, 0, none, tag, kept_tag)
         for i in range(count):
             out[layer, i] += twice[i] + twice[count + i]

@@ -25,7 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_backend
+from . import SUMS, triton_backend, triton_sketch
+from .sketch import BUCKETS, kept_dtype
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 _PLAIN = ("measure", "measure+copy", "update")
@@ -34,19 +35,26 @@ VARIANTS = (
     *(f"{name}{scaled}" for name in (*_PLAIN, *_MOMENTUM) for scaled in ("", "+scaled")),
     *(f"{name}{scaled}+bounded" for name in _MOMENTUM for scaled in ("", "+scaled")),
     *("monitor", "monitor+copy"),
+    *(f"sketch{momentum}{scaled}" for momentum in ("", "+momentum") for scaled in ("", "+scaled")),
+    *(f"sketch+momentum{scaled}+bounded" for scaled in ("", "+scaled")),
+    "sketch+monitor",
 )
 """Names of the variants of the step kernel: what it does, joined by "+". "measure" is against the last
 gradient (and the momentum, where there is any), "align" against the momentum alone, both with the update;
-"monitor" is against the last gradient without it."""
+"monitor" is against the last gradient without it; "sketch" sketches, with the update or as a monitor."""
 
-REDUCE = "reduce"
-"""Name of the kernel that sums up layers, always in float64."""
+REDUCE, CHUNK = "reduce", "chunk"
+"""Names of the kernel that sums up layers, always in float64, and of the one that finishes sketches."""
 
 _TYPES = {
     "pointers_ptr": "*i64",
     "tensor_ptr": "*i32",
     "start_ptr": "*i64",
     "size_ptr": "*i64",
+    "stop_ptr": "*i64",
+    "seed_ptr": "*i64",
+    "number_ptr": "*i32",
+    "tile_ptr": "*fp64",
     "flags_ptr": "*i32",
     "row_ptr": "*i32",
     "hyper_ptr": "*fp64",
@@ -95,8 +103,23 @@ def compile_variant(target: str, dtype: torch.dtype, variant: str):
     gpu = parse_target(target)
     if variant == REDUCE:
         kernel = triton_backend.reduce_kernel
-        constants = {"PAIR": True, "ALIGN": True, "BLOCK": triton_backend.REDUCE_BLOCK}
+        constants = {
+            "SUMS": len(SUMS),
+            "PAIR": True,
+            "ALIGN": True,
+            "BLOCK": triton_backend.REDUCE_BLOCK,
+        }
         options = triton_backend.REDUCE_OPTIONS
+    elif variant == CHUNK:
+        kernel = triton_sketch.chunk_kernel
+        constants = {"KEPT": triton_backend._ELEMENT[kept_dtype(dtype)], "BUCKETS": BUCKETS}
+        options = triton_sketch.SMALL_OPTIONS
+    elif variant.startswith("sketch"):
+        parts = variant.split("+")
+        chosen = {part: part in parts for part in ("momentum", "scaled", "bounded")}
+        constants = triton_sketch.constants(dtype, "monitor" not in parts, **chosen)
+        kernel = triton_sketch.sketch_kernel
+        options = triton_backend.options(dtype, gpu.warp_size)
     else:
         parts = variant.split("+")
         constants = triton_backend.constants(
@@ -109,11 +132,12 @@ def compile_variant(target: str, dtype: torch.dtype, variant: str):
         kernel = triton_backend.step_kernel
         options = triton_backend.options(dtype, gpu.warp_size)
     names = kernel.arg_names
+    types = _TYPES | {"bucket_ptr": "*fp64" if dtype == torch.float64 else "*fp32"}
     source = ASTSource(
         kernel,
-        {name: _TYPES.get(name, "constexpr") for name in names},
+        {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if _TYPES.get(n, "").startswith("*")},
+        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types.get(n, "").startswith("*")},
     )
     return triton.compile(source, target=gpu, options=options)
 
@@ -234,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     names = [str(d).removeprefix("torch.") for d in triton_backend.DTYPES]
     parser.add_argument("--dtype", nargs="+", default=names, choices=names)
-    variants = [*VARIANTS, REDUCE]
+    variants = [*VARIANTS, CHUNK, REDUCE]
     parser.add_argument("--variant", nargs="+", default=variants, choices=variants)
     parser.add_argument("--json", action="store_true", help="one JSON array instead of a table")
     options = parser.parse_args(arguments)

@@ -172,18 +172,18 @@ def _pass(
 
 
 @triton.jit
-def step_kernel(
-    pointers_ptr,  # int64 (4, N): addresses of parameters, gradients, previous gradients, momentum buffers
-    tensor_ptr,  # int32 (tiles,): each tile's tensor
-    start_ptr,  # int64 (tiles,): its first element
-    size_ptr,  # int64 (N,)
-    flags_ptr,  # int32 (N,): the sum of ALIGNED, COPIED and BUFFERED, where they hold
-    row_ptr,  # int32 (N,): row of hyper
-    hyper_ptr,  # float64 (rows, 6)
-    scale_of_ptr,  # int32 (N,): each tensor's entry in the scales and bounds, -1: none
-    scale_ptr,  # float64 (L,): what multiplies a layer's learning rate, if SCALED
-    bound_ptr,  # float64 (L,): what bounds a layer's update, if BOUNDED
-    partial_ptr,  # float64 (tiles, 6)
+def step_tile(
+    k,
+    start,
+    stop,
+    pointers_ptr,
+    flags_ptr,
+    row_ptr,
+    hyper_ptr,
+    scale_of_ptr,
+    scale_ptr,
+    bound_ptr,
+    partial_ptr,
     N,
     ELEMENT: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -197,11 +197,7 @@ def step_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Update the elements of one tile and take its sums."""
-    tile = tl.program_id(0)
-    k = tl.load(tensor_ptr + tile)
-    start = tl.multiple_of(tl.load(start_ptr + tile), TILE)
-    size = tl.load(size_ptr + k)
+    """Update elements [start, stop) of tensor k, at most TILE, and store their sums; the rest as in the step kernel."""
     flags = tl.load(flags_ptr + k)
     element = tl.pointer_type(ELEMENT)
     g_ptr = tl.load(pointers_ptr + N + k).to(element) + start
@@ -237,9 +233,8 @@ def step_kernel(
             lookahead = tl.where(bounded, 0.0, lookahead)
     copied = (tl.zeros((BLOCK,), tl.int32) + (flags & _COPIED)) != 0
     buffered = (tl.zeros((BLOCK,), tl.int32) + (flags & _BUFFERED)) != 0
-    partial_ptr += 6 * tile.to(tl.int64)
     # One loop, compiled twice: without masks every access is 128 bits wide.
-    if (flags & _ALIGNED) != 0 and start + TILE <= size:
+    if (flags & _ALIGNED) != 0 and start + TILE <= stop:
         p_ptr = tl.multiple_of(p_ptr, 16)
         g_ptr = tl.multiple_of(g_ptr, 16)
         q_ptr = tl.multiple_of(q_ptr, 16)
@@ -250,7 +245,7 @@ def step_kernel(
             False, BLOCK,
         )  # fmt: skip
     else:
-        rest = tl.minimum(size - start, TILE).to(tl.int32)
+        rest = (stop - start).to(tl.int32)
         _pass(
             p_ptr, g_ptr, q_ptr, b_ptr, rest, lr, decay, gain, weight_decay, lookahead, sign, bound, shrink,
             copied, buffered, partial_ptr, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, BOUNDED,
@@ -259,11 +254,50 @@ def step_kernel(
 
 
 @triton.jit
-def reduce_kernel(
+def step_kernel(
+    pointers_ptr,  # int64 (4, N): addresses of parameters, gradients, previous gradients, momentum buffers
+    tensor_ptr,  # int32 (tiles,): each tile's tensor
+    start_ptr,  # int64 (tiles,): its first element
+    size_ptr,  # int64 (N,)
+    flags_ptr,  # int32 (N,): the sum of ALIGNED, COPIED and BUFFERED, where they hold
+    row_ptr,  # int32 (N,): row of hyper
+    hyper_ptr,  # float64 (rows, 6)
+    scale_of_ptr,  # int32 (N,): each tensor's entry in the scales and bounds, -1: none
+    scale_ptr,  # float64 (L,): what multiplies a layer's learning rate, if SCALED
+    bound_ptr,  # float64 (L,): what bounds a layer's update, if BOUNDED
     partial_ptr,  # float64 (tiles, 6)
+    N,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    MEASURE: tl.constexpr,
+    PAIR: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    COPY: tl.constexpr,
+    SCALED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Update the elements of one tile and take its sums."""
+    tile = tl.program_id(0)
+    k = tl.load(tensor_ptr + tile)
+    start = tl.multiple_of(tl.load(start_ptr + tile), TILE)
+    stop = tl.minimum(start + TILE, tl.load(size_ptr + k))
+    step_tile(
+        k, start, stop, pointers_ptr, flags_ptr, row_ptr, hyper_ptr, scale_of_ptr, scale_ptr, bound_ptr,
+        partial_ptr + 6 * tile.to(tl.int64), N, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, SCALED,
+        BOUNDED, BLOCK, TILE,
+    )  # fmt: skip
+
+
+@triton.jit
+def reduce_kernel(
+    partial_ptr,  # float64 (tiles, SUMS)
     bounds_ptr,  # int32 (L + 1,): each layer's first tile
-    out_ptr,  # float64 (6, L), rows `stride` apart
+    out_ptr,  # float64 (SUMS, L), rows `stride` apart
     stride,
+    SUMS: tl.constexpr,
     PAIR: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -276,9 +310,10 @@ def reduce_kernel(
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(first, last, BLOCK):
         tiles = start + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + 6 * tiles.to(tl.int64) + s, mask=tiles < last, other=0.0)
+        total += tl.load(partial_ptr + SUMS * tiles.to(tl.int64) + s, mask=tiles < last, other=0.0)
     value = tl.sum(total)
-    taken = (s == 1) | ((s < 4) & PAIR) | ((s >= 4) & ALIGN)
+    of_momentum = (s == 4) | (s == 5)
+    taken = (s == 1) | (of_momentum & ALIGN) | ((s != 1) & (of_momentum == 0) & PAIR)
     # Not finite (x - x is 0 for nothing else): NaN.
     tl.store(out_ptr + s * stride + layer, tl.where((value - value == 0) & taken, value, float("nan")))
 
@@ -357,52 +392,58 @@ class Batch:
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
         measure, pair = out is not None, out is not None and prevs is not None
-        pointers, flags = self._table(grads, prevs, bufs, copies)
         if len(self._tensor) and (measure or hyper is not None):
-            if hyper is not None:
-                if self._rows[0] != rows:
-                    self._rows = (list(rows), self._upload(np.array(rows, np.int32)))
-                if self._hyper[0] is not hyper:
-                    self._hyper = (hyper, self._upload(np.array(hyper, np.float64)))
-                if capturing(self._device):
-                    for uploaded in (self._rows[1], self._hyper[1]):
-                        self._captured[id(uploaded)] = (uploaded,)
-            momentum = bufs is not None and any(b is not None for b in bufs)
+            arguments = self._arguments(grads, prevs, bufs, copies, rows, hyper, scale, bound)
             chosen = constants(
                 self._dtype,
                 update=hyper is not None,
                 measure=measure,
                 pair=pair,
-                momentum=momentum,
                 copy=pair and copies is not None,
-                scaled=scale is not None,
-                bounded=momentum and hyper is not None and bound is not None,
+                **_variant(bufs, hyper, scale, bound),
             )
-            step_kernel[(len(self._tensor),)](
-                pointers,
-                self._tensor,
-                self._start,
-                self._sizes,
-                flags,
-                # Not read where nothing is updated.
-                self._rows[1] if hyper is not None else self._scale_of,
-                self._hyper[1] if hyper is not None else self._partials,
-                self._scale_of,
-                self._partials if scale is None else scale,
-                self._partials if bound is None else bound,
-                self._partials,
-                len(grads),
-                **chosen,
-                **options(self._dtype),
-            )
-        if measure and self._num_layers:
-            reduce_kernel[(self._num_layers, len(SUMS))](
-                self._partials,
-                self._bounds,
+            step_kernel[(len(self._tensor),)](**arguments, **chosen, **options(self._dtype))
+        if measure:
+            self._reduce(self._partials, self._bounds, pair, bufs is not None, out)
+
+    def _arguments(self, grads, prevs, bufs, copies, rows, hyper, scale, bound) -> dict[str, object]:
+        """The step kernel's arguments, by name."""
+        pointers, flags = self._table(grads, prevs, bufs, copies)
+        if hyper is not None:
+            if self._rows[0] != rows:
+                self._rows = (list(rows), self._upload(np.array(rows, np.int32)))
+            if self._hyper[0] is not hyper:
+                self._hyper = (hyper, self._upload(np.array(hyper, np.float64)))
+            if capturing(self._device):
+                for uploaded in (self._rows[1], self._hyper[1]):
+                    self._captured[id(uploaded)] = (uploaded,)
+        return {
+            "pointers_ptr": pointers,
+            "tensor_ptr": self._tensor,
+            "start_ptr": self._start,
+            "size_ptr": self._sizes,
+            "flags_ptr": flags,
+            # Not read where nothing is updated.
+            "row_ptr": self._rows[1] if hyper is not None else self._scale_of,
+            "hyper_ptr": self._hyper[1] if hyper is not None else self._partials,
+            "scale_of_ptr": self._scale_of,
+            "scale_ptr": self._partials if scale is None else scale,
+            "bound_ptr": self._partials if bound is None else bound,
+            "partial_ptr": self._partials,
+            "N": len(grads),
+        }
+
+    def _reduce(self, partials: Tensor, bounds: Tensor, pair: bool, align: bool, out: Tensor) -> None:
+        """Sum up layers."""
+        if self._num_layers:
+            reduce_kernel[(self._num_layers, partials.shape[1])](
+                partials,
+                bounds,
                 out,
                 out.stride(0),
+                SUMS=partials.shape[1],
                 PAIR=pair,
-                ALIGN=bufs is not None,
+                ALIGN=align,
                 BLOCK=REDUCE_BLOCK,
                 **REDUCE_OPTIONS,
             )
@@ -457,6 +498,16 @@ class Batch:
             self._captured[key][0].numpy()[:] = table
         host, on_device = self._captured[key]
         return on_device.copy_(host, non_blocking=True)
+
+
+def _variant(bufs, hyper, scale, bound) -> dict[str, bool]:
+    """Of the update that a step does: compile-time arguments of :func:`step_tile`."""
+    momentum = bufs is not None and any(b is not None for b in bufs)
+    return {
+        "momentum": momentum,
+        "scaled": scale is not None,
+        "bounded": momentum and hyper is not None and bound is not None,
+    }
 
 
 def _parts(table: Tensor) -> tuple[Tensor, Tensor]:

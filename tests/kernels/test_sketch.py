@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import BACKENDS
 
 from oscopt import kernels
 from oscopt.kernels import numba_backend, sketch, torch_backend
@@ -87,35 +88,58 @@ def test_interval_covers_whatever_the_structure(structure, mu):
     assert np.mean(np.abs(found - true) <= 1.96 * stderr + 1e-6) >= 0.9
 
 
+def run(module, dtype, momentum, threads=1, measure_only=False):
+    """Parameters, sums, what is kept and its folds after three steps of tensors of all kinds."""
+    sizes, layer_of = [100, 20_001, 16_384, 16_385, 70_001, 0], [-1, 0, 0, 1, 1, 1]
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    params, *steps = ([torch.randn(n, generator=generator).to(dtype) for n in sizes] for _ in range(4))
+    kept = [sketch.kept_like(p, dtype) for p in params]
+    bufs = [torch.zeros_like(p) for p in params] if momentum else None
+    out, scale = torch.zeros((7, 2), dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    bound = torch.tensor([torch.inf, 0.3], dtype=torch.float64)
+    plan = kernels.Plan(params, steps[0], layer_of, 2, module, seeds=[3_000_000_000 + i for i in range(6)])
+    hyper = None if measure_only else [FULL if momentum else PLAIN]
+    for grads in steps:
+        plan.step(grads, kept, bufs, [True] * 6, [0] * 6, hyper, out, scale, bound)
+    folded = [torch.zeros((2, k)) for k in (64, 256)]
+    for vectors in folded:
+        plan.fold(kept, vectors)
+    torch.set_num_threads(1)
+    return params, out, kept, folded
+
+
 @pytest.mark.parametrize("dtype", torch_backend.DTYPES, ids=str)
 @pytest.mark.parametrize("momentum", [False, True])
-def test_numba_is_the_definition(dtype, momentum):
-    """Sums, what is kept, its fold and the update, with unmeasured tensors and scales; any threads."""
-    sizes, layer_of = [100, 20_000, 16_384, 16_385, 300_001, 0], [-1, 0, 0, 1, 1, 1]
-    results = []
-    for module, threads in ((torch_backend, 1), (numba_backend, 1), (numba_backend, 2)):
-        torch.set_num_threads(threads)
-        generator = torch.Generator().manual_seed(0)
-        params, *steps = ([torch.randn(n, generator=generator).to(dtype) for n in sizes] for _ in range(4))
-        kept = [sketch.kept_like(p, dtype) for p in params]
-        bufs = [torch.zeros_like(p) for p in params] if momentum else None
-        out, scale = torch.zeros((7, 2), dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
-        plan = kernels.Plan(params, steps[0], layer_of, 2, module, seeds=list(range(6)))
-        for grads in steps:
-            plan.step(grads, kept, bufs, [True] * 6, [0] * 6, [FULL if momentum else PLAIN], out, scale)
-        folded = [torch.zeros((2, k)) for k in (16, 256)]
-        for vectors in folded:
-            plan.fold(kept, vectors)
-        results.append((params, out, kept, folded))
-    torch.set_num_threads(1)
-    (params, out, kept, folded), one, two = results
-    for a, b in zip([*one[0], one[1], *one[2], *one[3]], [*two[0], two[1], *two[2], *two[3]], strict=True):
-        assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
-    assert torch.allclose(out, one[1], rtol=2e-5, atol=1e-3, equal_nan=True)
-    for a, b in zip([*kept, *folded], [*one[2], *one[3]], strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=2e-3)
-    for a, b in zip(params, one[0], strict=True):
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "torch"])
+def test_backends_are_the_definition(name, dtype, momentum):
+    """Sums, what is kept, its fold and the update, with unmeasured tensors, scales and bounds."""
+    module = kernels.backend(name, torch.device("cpu"))
+    params, out, kept, folded = run(torch_backend, dtype, momentum)
+    found, sums, vectors, folds = run(module, dtype, momentum)
+    rounding = 2 * torch.finfo(dtype).eps if momentum else 0.0  # of the buffers
+    assert torch.allclose(out, sums, rtol=2e-5 + rounding, atol=1e-3 + 1e4 * rounding, equal_nan=True)
+    for a, b in zip([*kept, *folded], [*vectors, *folds], strict=True):
+        assert a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-5, atol=2e-3)
+    for a, b in zip(params, found, strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=4 * torch.finfo(dtype).eps, atol=0.05)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_measuring_alone_measures_the_same(name):
+    module = kernels.backend(name, torch.device("cpu"))
+    _, out, kept, _ = run(module, torch.float32, False)
+    params, sums, vectors, _ = run(module, torch.float32, False, measure_only=True)
+    assert torch.equal(out.nan_to_num(-1.0), sums.nan_to_num(-1.0))
+    assert all(map(torch.equal, kept, vectors))
+    assert all(map(torch.equal, params, run(torch_backend, torch.float32, False, measure_only=True)[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_any_number_of_threads(dtype):
+    (params, out, kept, folded), two = run(numba_backend, dtype, True), run(numba_backend, dtype, True, threads=2)
+    for a, b in zip([*params, out, *kept, *folded], [*two[0], two[1], *two[2], *two[3]], strict=True):
+        assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
 
 
 @pytest.mark.parametrize("module", [torch_backend, numba_backend])

@@ -1,0 +1,271 @@
+"""GPUs: the update and the sketch of :mod:`oscopt.kernels.sketch` in one launch, then two small ones.
+
+A program updates a tile of :data:`ROWS` runs, as the step kernel does it, and gathers the tile's buckets: bucket
+b reads element (b - o) mod k of a run that is rotated by o, which the cache still holds. Nothing is scattered,
+there are no atomics. The second kernel adds the tiles of each chunk in a fixed order, compares the sketch with
+what is kept and overwrites that; the third sums up layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import addresses, triton_backend
+from .sketch import BUCKETS, FOLD, GOLDEN, ODD, ODDER, OFFSETS, SUMS, chunk_size, kept_dtype
+from .triton_backend import _ELEMENT, _variant, options, step_tile
+
+ROWS = 16  # runs of a tile
+TILE = ROWS * BUCKETS  # elements of a program
+SMALL_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_GOLDEN: tl.constexpr = tl.constexpr(GOLDEN)
+_ODD: tl.constexpr = tl.constexpr(ODD)
+_ODDER: tl.constexpr = tl.constexpr(ODDER)
+_OFFSETS: tl.constexpr = tl.constexpr(OFFSETS)
+
+
+@triton.jit
+def _hashed(index, seed):
+    """:func:`oscopt.kernels.sketch.hashed`, uint32."""
+    x = index.to(tl.uint32) * _GOLDEN + seed
+    x = (x ^ (x >> 16)) * _ODD
+    x = (x ^ (x >> 15)) * _ODDER
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _gathered(g_ptr, first, count, seed, COMPUTE: tl.constexpr, BUCKETS: tl.constexpr):
+    """The buckets of `count` elements, the first of which is number `first` of its tensor."""
+    lanes = tl.arange(0, BUCKETS)
+    buckets = tl.zeros((BUCKETS,), COMPUTE)
+    for start in range(0, count, BUCKETS):
+        run = tl.zeros((BUCKETS,), tl.int64) + (first + start) // BUCKETS
+        offset = _hashed(run, seed ^ _OFFSETS)
+        at = start + ((lanes - offset.to(tl.int32)) & (BUCKETS - 1))
+        value = tl.load(g_ptr + at, mask=at < count, other=0.0).to(COMPUTE)
+        number = first + at
+        bits = _hashed((number >> 8) * 8 + (number & 7), seed)
+        minus = (bits >> (31 - ((number >> 3) & 31)).to(tl.uint32)) & 1
+        buckets += tl.where(minus == 1, -value, value)
+    return buckets
+
+
+@triton.jit
+def sketch_kernel(
+    pointers_ptr,  # int64 (4, N): addresses of parameters, gradients, what is kept, momentum buffers
+    tensor_ptr,  # int32 (tiles,): each tile's tensor
+    start_ptr,  # int64 (tiles,): its first element
+    stop_ptr,  # int64 (tiles,): behind its last one
+    seed_ptr,  # int64 (N,)
+    flags_ptr,  # this and the rest as the step kernel has it
+    row_ptr,
+    hyper_ptr,
+    scale_of_ptr,
+    scale_ptr,
+    bound_ptr,
+    partial_ptr,  # float64 (tiles, 6)
+    bucket_ptr,  # COMPUTE (tiles, BUCKETS)
+    N,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    MEASURE: tl.constexpr,
+    PAIR: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    COPY: tl.constexpr,
+    SCALED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Update the elements of one tile, take its sums and its buckets."""
+    tile = tl.program_id(0)
+    k = tl.load(tensor_ptr + tile)
+    start = tl.multiple_of(tl.load(start_ptr + tile), BLOCK)
+    stop = tl.load(stop_ptr + tile)
+    step_tile(
+        k, start, stop, pointers_ptr, flags_ptr, row_ptr, hyper_ptr, scale_of_ptr, scale_ptr, bound_ptr,
+        partial_ptr + 6 * tile.to(tl.int64), N, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, SCALED,
+        BOUNDED, BLOCK, TILE,
+    )  # fmt: skip
+    g_ptr = tl.load(pointers_ptr + N + k).to(tl.pointer_type(ELEMENT)) + start
+    seed = tl.load(seed_ptr + k).to(tl.uint32)
+    buckets = _gathered(g_ptr, start, (stop - start).to(tl.int32), seed, COMPUTE, BLOCK)
+    tl.store(bucket_ptr + tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK), buckets)
+
+
+@triton.jit
+def chunk_kernel(
+    pointers_ptr,  # int64 (4, N)
+    tensor_ptr,  # int32 (chunks,): each chunk's tensor
+    number_ptr,  # int32 (chunks,): its number there
+    bounds_ptr,  # int32 (chunks + 1,): its first tile
+    tile_ptr,  # float64 (tiles, 6): the tiles' sums
+    bucket_ptr,  # (tiles, BUCKETS)
+    partial_ptr,  # float64 (chunks, 7)
+    N,
+    KEPT: tl.constexpr,
+    BUCKETS: tl.constexpr,
+):
+    """Add up the tiles of one chunk, compare it with what is kept, and keep it."""
+    chunk = tl.program_id(0)
+    k = tl.load(tensor_ptr + chunk)
+    lanes = tl.arange(0, BUCKETS)
+    buckets = tl.zeros((BUCKETS,), tl.float64)
+    sq_norm = tl.zeros((1,), tl.float64)
+    alignment = tl.zeros((1,), tl.float64)
+    momentum_sq_norm = tl.zeros((1,), tl.float64)
+    one = tl.arange(0, 1)
+    first = tl.load(bounds_ptr + chunk)
+    bucket_ptr += first.to(tl.int64) * BUCKETS + lanes
+    tile_ptr += 6 * first.to(tl.int64) + one
+    for _ in range(tl.load(bounds_ptr + chunk + 1) - first):
+        buckets += tl.load(bucket_ptr).to(tl.float64)
+        sq_norm += tl.load(tile_ptr + 1)
+        alignment += tl.load(tile_ptr + 4)
+        momentum_sq_norm += tl.load(tile_ptr + 5)
+        bucket_ptr += BUCKETS
+        tile_ptr += 6
+    sq_norm = tl.sum(sq_norm)
+    # All zeros stay that; what has fallen into each other's buckets entirely becomes NaN.
+    stretch = tl.where(sq_norm == 0, 0.0, tl.sqrt(sq_norm / tl.sum(buckets * buckets)))
+    new = buckets * stretch
+    kept_ptr = tl.load(pointers_ptr + 2 * N + k).to(tl.pointer_type(KEPT))
+    kept_ptr += tl.load(number_ptr + chunk).to(tl.int64) * BUCKETS + lanes
+    old = tl.load(kept_ptr).to(tl.float64)
+    tl.store(kept_ptr, new.to(KEPT))
+    diff = new - old
+    dot = tl.sum(new * old)
+    prev_sq_norm = tl.sum(old * old)
+    product = sq_norm * prev_sq_norm
+    rest = tl.where(product == 0, 0.0, 1 - dot * dot / product)
+    partial_ptr += 7 * chunk.to(tl.int64)
+    tl.store(partial_ptr, dot * (1 + rest / (2 * BUCKETS)))
+    tl.store(partial_ptr + 1, sq_norm)
+    tl.store(partial_ptr + 2, tl.sum(diff * diff))
+    tl.store(partial_ptr + 3, prev_sq_norm)
+    tl.store(partial_ptr + 4, tl.sum(alignment))
+    tl.store(partial_ptr + 5, tl.sum(momentum_sq_norm))
+    tl.store(partial_ptr + 6, product * rest * rest / BUCKETS)
+
+
+@triton.jit
+def gather_kernel(
+    pointers_ptr,  # int64 (N,): addresses of what is kept
+    tensor_ptr,  # int32 (tiles,): each tile's tensor
+    start_ptr,  # int64 (tiles,): its first element
+    stop_ptr,  # int64 (tiles,): behind its last one
+    seed_ptr,  # int64 (N,)
+    bucket_ptr,  # COMPUTE (tiles, BUCKETS)
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BUCKETS: tl.constexpr,
+):
+    """The buckets of one tile of what is kept."""
+    tile = tl.program_id(0)
+    k = tl.load(tensor_ptr + tile)
+    start = tl.load(start_ptr + tile)
+    x_ptr = tl.load(pointers_ptr + k).to(tl.pointer_type(ELEMENT)) + start
+    count = (tl.load(stop_ptr + tile) - start).to(tl.int32)
+    buckets = _gathered(x_ptr, start, count, tl.load(seed_ptr + k).to(tl.uint32), COMPUTE, BUCKETS)
+    tl.store(bucket_ptr + tile.to(tl.int64) * BUCKETS + tl.arange(0, BUCKETS), buckets)
+
+
+@triton.jit
+def fold_kernel(
+    bucket_ptr,  # (tiles, BUCKETS)
+    bounds_ptr,  # int32 (L + 1,): each layer's first tile
+    out_ptr,  # float32 (L, BUCKETS), rows `stride` apart: added to
+    stride,
+    BUCKETS: tl.constexpr,
+):
+    """Add the buckets of one layer, in a fixed order."""
+    layer = tl.program_id(0)
+    lanes = tl.arange(0, BUCKETS)
+    total = tl.zeros((BUCKETS,), tl.float64)
+    first = tl.load(bounds_ptr + layer)
+    bucket_ptr += first.to(tl.int64) * BUCKETS + lanes
+    for _ in range(tl.load(bounds_ptr + layer + 1) - first):
+        total += tl.load(bucket_ptr).to(tl.float64)
+        bucket_ptr += BUCKETS
+    out_ptr += layer * stride + lanes
+    tl.store(out_ptr, (tl.load(out_ptr).to(tl.float64) + total).to(tl.float32))
+
+
+class Batch(triton_backend.Batch):
+    """See :class:`oscopt.kernels.sketch.Batch`."""
+
+    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds) -> None:
+        super().__init__(params, layer_of, num_layers, scale_of)
+        sizes = np.array([p.numel() for p in params], np.int64)
+        of_chunk, first, last = _cut(sizes, [chunk_size(size) for size in sizes.tolist()])
+        chunk_of, start, stop = _cut(last - first, TILE)
+        start, stop = start + first[chunk_of], stop + first[chunk_of]
+        number = np.arange(len(of_chunk)) - np.searchsorted(of_chunk, of_chunk)
+        tile_bounds = np.searchsorted(chunk_of, np.arange(len(of_chunk) + 1))
+        chunk_bounds = np.searchsorted(np.asarray(layer_of)[of_chunk], np.arange(num_layers + 1))
+        self._tiles = {
+            "tensor_ptr": self._upload(of_chunk[chunk_of].astype(np.int32)),
+            "start_ptr": self._upload(start),
+            "stop_ptr": self._upload(stop),
+            "seed_ptr": self._upload(np.array(seeds, np.int64)),
+        }
+        self._chunks = [self._upload(x.astype(np.int32)) for x in (of_chunk, number, tile_bounds)]
+        self._chunk_bounds = self._upload(chunk_bounds.astype(np.int32))
+
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
+        if prevs is None:
+            super().step(grads, None, bufs, None, rows, hyper, out, scale, bound)
+            return
+        tiles, chunks = len(self._tiles["start_ptr"]), len(self._chunks[0])
+        # Needed for the moment only: not to be held.
+        sums, partials = (
+            torch.empty((n, width), dtype=torch.float64, device=self._device)
+            for n, width in ((tiles, 6), (chunks, len(SUMS)))
+        )
+        chosen = constants(self._dtype, hyper is not None, **_variant(bufs, hyper, scale, bound))
+        buckets = torch.empty((tiles, BUCKETS), dtype=kept_dtype(self._dtype), device=self._device)
+        arguments = self._arguments(grads, prevs, bufs, None, rows, hyper, scale, bound)
+        del arguments["size_ptr"]
+        arguments |= self._tiles | {"partial_ptr": sums, "bucket_ptr": buckets}
+        sketch_kernel[(tiles,)](**arguments, **chosen, **options(self._dtype))
+        kept = {"KEPT": _ELEMENT[kept_dtype(self._dtype)], "BUCKETS": BUCKETS}
+        chunk_kernel[(chunks,)](
+            arguments["pointers_ptr"], *self._chunks, sums, buckets, partials, len(grads), **kept, **SMALL_OPTIONS
+        )
+        self._reduce(partials, self._chunk_bounds, True, bufs is not None, out)
+
+
+def constants(dtype: torch.dtype, update: bool, **variant: bool) -> dict:
+    """The compile-time arguments of :func:`sketch_kernel`."""
+    chosen = triton_backend.constants(dtype, update=update, measure=True, pair=False, copy=False, **variant)
+    return chosen | {"BLOCK": BUCKETS, "TILE": TILE}
+
+
+def fold(kept: Sequence[Tensor], layer_of: Sequence[int], seeds: Sequence[int], out: Tensor) -> None:
+    """See :func:`oscopt.kernels.sketch.fold`."""
+    dtype, device, buckets = kept[0].dtype, out.device, out.shape[1]
+    sizes = np.array([x.numel() for x in kept], np.int64)
+    tensor, start, stop = _cut(sizes, ROWS * buckets)
+    bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(len(out) + 1)).astype(np.int32)
+    seeds = np.array(seeds, np.int64) ^ FOLD
+    uploaded = (torch.from_numpy(x).to(device) for x in (addresses(kept), tensor, start, stop, seeds, bounds))
+    *tables, bounds = uploaded
+    partial = torch.empty((len(tensor), buckets), dtype=kept_dtype(dtype), device=device)
+    kinds = {"ELEMENT": _ELEMENT[dtype], "COMPUTE": _ELEMENT[kept_dtype(dtype)]}
+    gather_kernel[(len(tensor),)](*tables, partial, **kinds, BUCKETS=buckets, **SMALL_OPTIONS)
+    fold_kernel[(len(out),)](partial, bounds, out, out.stride(0), BUCKETS=buckets, **SMALL_OPTIONS)
+
+
+def _cut(sizes: np.ndarray, pieces: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whose each piece is (int32), its first element and the one behind its last (int64)."""
+    pieces = np.broadcast_to(np.asarray(pieces, np.int64), sizes.shape)
+    counts = -(-sizes // pieces)
+    owner = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
+    start = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * pieces[owner]
+    return owner, start, np.minimum(start + pieces[owner], sizes[owner])

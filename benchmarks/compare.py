@@ -44,7 +44,7 @@ def parser() -> Parser:
         "--contenders",
         type=name_list,
         metavar="NAME,...",
-        help="gd and these (default: all); 'auto': from all rates",
+        help="gd and these (default: all)",
     )
     p.add_argument("--seeds", type=integers, metavar="N,...", help="default: 0,1,2,3,4")
     p.add_argument("--batch", type=positive(int), metavar="N", help="samples in a step (default: all)")

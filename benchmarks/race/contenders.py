@@ -1,4 +1,4 @@
-"""What races: plain and momentum methods at their best rates, methods without a rate, step adaptation."""
+"""What races: methods at their best rates, methods without a rate, step adaptation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from oscopt.adapt import CosineStep, Hypergradient, SecantStep
 
 Named = Iterable[tuple[str, Parameter]]
 BASE = "gd"
-STARTS = (0.01, 0.1, 1.0, 10.0)
+OURS = "auto"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def _sgd(**options):
     return lambda rate, best, named: torch.optim.SGD(_parameters(named), lr=rate, **options)
 
 
-def _adam(rate: float, best: float, named: Named) -> torch.optim.Optimizer:
-    return torch.optim.Adam(_parameters(named), lr=rate)
+def _adam(kind: type[torch.optim.Optimizer]):
+    return lambda rate, best, named: kind(_parameters(named), lr=rate)
 
 
 def _adapted(policy: Callable[[float], object], times: float):
@@ -80,12 +80,13 @@ def contenders() -> tuple[list[Contender], list[str]]:
     hd = _adapted(lambda rate: Hypergradient(rate, granularity="global"), 0.1)
     return [
         Contender(BASE, _sgd(), 2.0, lambda best: best),
-        *(Contender(f"auto x{t:g}", _adapted(lambda rate: "auto", t)) for t in STARTS),
-        *(Contender(f"cosine x{t:g}", _adapted(lambda rate: CosineStep(), t)) for t in STARTS),
+        Contender(OURS, lambda rate, best, named: OscGD(named, adapt="auto")),
+        Contender("cosine x1", _adapted(lambda rate: CosineStep(), 1.0)),
         Contender("adaptive gd x0.01", _adapted(lambda rate: SecantStep(), 0.01)),
         Contender("sgd-hd x0.1", hd, 10.0, lambda best: 1e-2 * best),
         Contender("heavy ball", _sgd(momentum=0.9), 2.0, lambda best: best / 4),
         Contender("nesterov", _sgd(momentum=0.9, nesterov=True), 2.0, lambda best: best / 4),
-        Contender("adam", _adam, 2.0, lambda best: 0.016),
+        Contender("adam", _adam(torch.optim.Adam), 2.0, lambda best: 0.016),
+        Contender("adamw", _adam(torch.optim.AdamW), 2.0, lambda best: 0.016),
         *others,
     ], absent

@@ -28,11 +28,11 @@ from triton.compiler import ASTSource
 from . import triton_backend
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-_UPDATES = ("", "+momentum", "+copy", "+momentum+copy")
+_PLAIN = ("measure", "measure+copy", "update")
+_MOMENTUM = ("measure+momentum", "measure+momentum+copy", "align+momentum", "update+momentum")
 VARIANTS = (
-    *(f"measure{more}{scaled}" for scaled in ("", "+scaled") for more in _UPDATES),
-    *(f"align+momentum{scaled}" for scaled in ("", "+scaled")),
-    *(f"update{more}{scaled}" for scaled in ("", "+scaled") for more in ("", "+momentum")),
+    *(f"{name}{scaled}" for name in (*_PLAIN, *_MOMENTUM) for scaled in ("", "+scaled")),
+    *(f"{name}{scaled}+bounded" for name in _MOMENTUM for scaled in ("", "+scaled")),
     *("monitor", "monitor+copy"),
 )
 """Names of the variants of the step kernel: what it does, joined by "+". "measure" is against the last
@@ -54,6 +54,7 @@ _TYPES = {
     "partial_ptr": "*fp64",
     "N": "i32",
     "scale_ptr": "*fp64",
+    "bound_ptr": "*fp64",
     "bounds_ptr": "*i32",
     "out_ptr": "*fp64",
     "stride": "i32",
@@ -103,7 +104,7 @@ def compile_variant(target: str, dtype: torch.dtype, variant: str):
             update="monitor" not in parts,
             measure="update" not in parts,
             pair=not {"update", "align"} & set(parts),
-            **{part: part in parts for part in ("momentum", "copy", "scaled")},
+            **{part: part in parts for part in ("momentum", "copy", "scaled", "bounded")},
         )
         kernel = triton_backend.step_kernel
         options = triton_backend.options(dtype, gpu.warp_size)
@@ -258,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print(r: Report, header: bool) -> None:
-    columns = "{:<11} {:<9} {:<22} {:>4} {:>5} {:>6} {:>6}  {:<28} {}"
+    columns = "{:<11} {:<9} {:<37} {:>4} {:>5} {:>6} {:>6}  {:<28} {}"
     if header:
         head = ("target", "dtype", "variant", "regs", "stack", "spills", "shared", "main path", "masked path")
         print(columns.format(*head))

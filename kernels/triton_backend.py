@@ -49,7 +49,22 @@ def unavailable(device: torch.device) -> str:
 
 
 @triton.jit
-def _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, MOMENTUM: tl.constexpr):
+def _update(
+    x,
+    g,
+    b,
+    lr,
+    decay,
+    gain,
+    weight_decay,
+    lookahead,
+    sign,
+    bound,
+    shrink,
+    buffered,
+    MOMENTUM: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
     """One update of :data:`oscopt.kernels.HYPER`, rounded as torch.optim.SGD rounds it: x, b."""
     d = g * sign
     # An infinite parameter times a weight decay of 0 would be NaN.
@@ -57,6 +72,11 @@ def _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, M
     if MOMENTUM:
         b = tl.fma(d, gain, b * decay)
         d = tl.where(buffered, tl.where(lookahead != 0, tl.fma(b, lookahead, d), b), d)
+        if BOUNDED:
+            clipped = tl.where(d > bound, bound, tl.where(d < -bound, -bound, d))
+            clipped += d * 0.0  # 0 times what is not finite is NaN
+            clipped = tl.where(shrink != 0, tl.fma(x, shrink, clipped), clipped)
+            d = tl.where(bound < float("inf"), clipped, d)
     return tl.fma(d, -lr, x), b
 
 
@@ -73,6 +93,8 @@ def _pass(
     weight_decay,
     lookahead,
     sign,
+    bound,
+    shrink,
     copied,
     buffered,
     partial_ptr,
@@ -83,6 +105,7 @@ def _pass(
     PAIR: tl.constexpr,
     MOMENTUM: tl.constexpr,
     COPY: tl.constexpr,
+    BOUNDED: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -119,10 +142,16 @@ def _pass(
         if UPDATE:
             x = tl.load(p_ptr + at, mask=mask).to(COMPUTE)
             if MOMENTUM:
-                x, b = _update(x, g, b, lr, decay, gain, weight_decay, lookahead, sign, buffered, True)
+                x, b = _update(
+                    x, g, b, lr, decay, gain, weight_decay, lookahead, sign, bound, shrink, buffered,
+                    True, BOUNDED,
+                )  # fmt: skip
                 tl.store(b_ptr + at, b.to(ELEMENT), mask=buffer_mask)
             else:
-                x, _ = _update(x, g, x, lr, decay, gain, weight_decay, lookahead, sign, buffered, False)
+                x, _ = _update(
+                    x, g, x, lr, decay, gain, weight_decay, lookahead, sign, bound, shrink, buffered,
+                    False, False,
+                )  # fmt: skip
             tl.store(p_ptr + at, x.to(ELEMENT), mask=mask)
         if COPY:
             tl.store(q_ptr + at, g_raw, mask=copy_mask)
@@ -151,8 +180,9 @@ def step_kernel(
     flags_ptr,  # int32 (N,): the sum of ALIGNED, COPIED and BUFFERED, where they hold
     row_ptr,  # int32 (N,): row of hyper
     hyper_ptr,  # float64 (rows, 6)
-    scale_of_ptr,  # int32 (N,): each tensor's entry in the scales, -1: none
+    scale_of_ptr,  # int32 (N,): each tensor's entry in the scales and bounds, -1: none
     scale_ptr,  # float64 (L,): what multiplies a layer's learning rate, if SCALED
+    bound_ptr,  # float64 (L,): what bounds a layer's update, if BOUNDED
     partial_ptr,  # float64 (tiles, 6)
     N,
     ELEMENT: tl.constexpr,
@@ -163,6 +193,7 @@ def step_kernel(
     MOMENTUM: tl.constexpr,
     COPY: tl.constexpr,
     SCALED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -183,11 +214,13 @@ def step_kernel(
     weight_decay = 0.0
     lookahead = 0.0
     sign = 1.0
+    bound = float("inf")
+    shrink = 0.0
     if UPDATE:
         hyper_ptr += 6 * tl.load(row_ptr + k)
         lr = tl.load(hyper_ptr)
+        entry = tl.load(scale_of_ptr + k)
         if SCALED:
-            entry = tl.load(scale_of_ptr + k)
             lr *= tl.load(scale_ptr + entry, mask=entry >= 0, other=1.0)
         lr = lr.to(COMPUTE)
         decay = tl.load(hyper_ptr + 1).to(COMPUTE)
@@ -195,6 +228,13 @@ def step_kernel(
         weight_decay = tl.load(hyper_ptr + 3).to(COMPUTE)
         lookahead = tl.load(hyper_ptr + 4).to(COMPUTE)
         sign = tl.load(hyper_ptr + 5).to(COMPUTE)
+        if BOUNDED:
+            there = (entry >= 0) & ((flags & _BUFFERED) != 0)
+            bound = tl.load(bound_ptr + entry, mask=there, other=float("inf")).to(COMPUTE)
+            bounded = bound < float("inf")
+            shrink = tl.where(bounded, weight_decay * bound, 0.0)
+            weight_decay = tl.where(bounded, 0.0, weight_decay)
+            lookahead = tl.where(bounded, 0.0, lookahead)
     copied = (tl.zeros((BLOCK,), tl.int32) + (flags & _COPIED)) != 0
     buffered = (tl.zeros((BLOCK,), tl.int32) + (flags & _BUFFERED)) != 0
     partial_ptr += 6 * tile.to(tl.int64)
@@ -205,14 +245,16 @@ def step_kernel(
         q_ptr = tl.multiple_of(q_ptr, 16)
         b_ptr = tl.multiple_of(b_ptr, 16)
         _pass(
-            p_ptr, g_ptr, q_ptr, b_ptr, TILE, lr, decay, gain, weight_decay, lookahead, sign, copied,
-            buffered, partial_ptr, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, False, BLOCK,
+            p_ptr, g_ptr, q_ptr, b_ptr, TILE, lr, decay, gain, weight_decay, lookahead, sign, bound, shrink,
+            copied, buffered, partial_ptr, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, BOUNDED,
+            False, BLOCK,
         )  # fmt: skip
     else:
         rest = tl.minimum(size - start, TILE).to(tl.int32)
         _pass(
-            p_ptr, g_ptr, q_ptr, b_ptr, rest, lr, decay, gain, weight_decay, lookahead, sign, copied,
-            buffered, partial_ptr, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, True, BLOCK,
+            p_ptr, g_ptr, q_ptr, b_ptr, rest, lr, decay, gain, weight_decay, lookahead, sign, bound, shrink,
+            copied, buffered, partial_ptr, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, BOUNDED,
+            True, BLOCK,
         )  # fmt: skip
 
 
@@ -258,6 +300,7 @@ def constants(
     momentum: bool,
     copy: bool,
     scaled: bool,
+    bounded: bool,
 ) -> dict:
     """The compile-time arguments of :func:`step_kernel`: `pair`: there are previous gradients."""
     return {
@@ -269,6 +312,7 @@ def constants(
         "MOMENTUM": momentum,
         "COPY": copy,
         "SCALED": scaled,
+        "BOUNDED": bounded,
         "BLOCK": BLOCK,
         "TILE": TILE,
     }
@@ -311,7 +355,7 @@ class Batch:
             spare = torch.empty(shape, dtype=torch.int64, pin_memory=pin)
             self._spares.append((spare, torch.empty_like(spare, device=self._device)))
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None) -> None:
+    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
         measure, pair = out is not None, out is not None and prevs is not None
         pointers, flags = self._table(grads, prevs, bufs, copies)
         if len(self._tensor) and (measure or hyper is not None):
@@ -323,14 +367,16 @@ class Batch:
                 if capturing(self._device):
                     for uploaded in (self._rows[1], self._hyper[1]):
                         self._captured[id(uploaded)] = (uploaded,)
+            momentum = bufs is not None and any(b is not None for b in bufs)
             chosen = constants(
                 self._dtype,
                 update=hyper is not None,
                 measure=measure,
                 pair=pair,
-                momentum=bufs is not None and any(b is not None for b in bufs),
+                momentum=momentum,
                 copy=pair and copies is not None,
                 scaled=scale is not None,
+                bounded=momentum and hyper is not None and bound is not None,
             )
             step_kernel[(len(self._tensor),)](
                 pointers,
@@ -343,6 +389,7 @@ class Batch:
                 self._hyper[1] if hyper is not None else self._partials,
                 self._scale_of,
                 self._partials if scale is None else scale,
+                self._partials if bound is None else bound,
                 self._partials,
                 len(grads),
                 **chosen,

@@ -37,12 +37,13 @@ def test_every_variant_is_there(reports):
 
 
 def test_every_step_that_can_be_taken_is_a_variant():
-    """Measured or not, with and without momentum, copies and scales: what the backend may launch."""
-    for pair, align, update, momentum, copy, scaled in itertools.product((False, True), repeat=6):
+    """Measured or not, with and without momentum, copies, scales and bounds: what the backend may launch."""
+    for pair, align, update, momentum, copy, scaled, bounded in itertools.product((False, True), repeat=7):
         possible = (update or not (momentum or scaled or align)) and (pair or not copy)
+        possible &= momentum or not bounded
         if (pair or update) and possible and (momentum and not pair or not align):
             name = "align" if align else "monitor" if not update else "measure" if pair else "update"
-            parts = {"momentum": momentum, "copy": copy, "scaled": scaled}
+            parts = {"momentum": momentum, "copy": copy, "scaled": scaled, "bounded": bounded}
             assert "+".join([name, *(part for part, on in parts.items() if on)]) in VARIANTS
 
 

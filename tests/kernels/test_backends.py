@@ -57,10 +57,14 @@ def oracle(layer_of, num_layers, grads, prevs, bufs=None, sign=1.0) -> torch.Ten
     return torch.from_numpy(sums)
 
 
-def expected_update(p, g, b, row):
+def expected_update(p, g, b, row, bound=math.inf):
     """HYPER's formulas in float64: parameter, buffer."""
     lr, decay, gain, weight_decay, lookahead, sign = row
     p, g = p.cpu().double(), g.cpu().double()
+    if b is not None and bound < math.inf:
+        b = decay * b.cpu().double() + gain * sign * g
+        d = torch.where(b.isfinite(), b.clamp(-bound, bound), torch.nan)
+        return p - lr * (d + (weight_decay * bound * p if weight_decay else 0)), b
     d = sign * g + (weight_decay * p if weight_decay else 0)
     if b is not None:
         b = decay * b.cpu().double() + gain * d
@@ -96,7 +100,10 @@ def problems(draw, most: int):
     return params, grads, prevs, layer_of
 
 
-def check(name, problem, momentum, copy, row, paired):
+BOUNDS = st.none() | st.lists(st.sampled_from((0.0, 1e-3, 0.5, 1e4, math.inf)), min_size=4, max_size=4)
+
+
+def check(name, problem, momentum, copy, row, paired, bounds):
     params, grads, prevs, layer_of = problem
     bufs = [torch.ones_like(p) if momentum and i % 3 < 2 else None for i, p in enumerate(params)]
     copies = [i % 2 == 0 for i in range(len(params))] if copy and paired else None
@@ -104,7 +111,8 @@ def check(name, problem, momentum, copy, row, paired):
     old_bufs = [None if b is None else b.clone() for b in bufs]
     out = torch.empty((6, 4), dtype=torch.float64, device=DEVICE)
     plan = plan_for(name, params, grads, layer_of, 4)
-    plan.step(grads, prevs if paired else None, bufs, copies, [0] * len(params), [row], out)
+    vector = None if bounds is None else torch.tensor(bounds, dtype=torch.float64, device=DEVICE)
+    plan.step(grads, prevs if paired else None, bufs, copies, [0] * len(params), [row], out, None, vector)
     # Sums: float64 accumulation of exact products.
     expected = oracle(layer_of, 4, before[1], before[2] if paired else None, old_bufs, row[5])
     others = expected[3 if paired else 1]
@@ -112,12 +120,14 @@ def check(name, problem, momentum, copy, row, paired):
     assert torch.equal(out.cpu().isnan(), expected.isnan())
     assert ((out.cpu() - expected).abs() <= 1e-12 * scale + 1e-300)[~expected.isnan()].all()
     # The update: within two units in the last place of what its terms allow.
-    for p, q, g, x, c, y, b, b0 in zip(
-        params, prevs, grads, before[0], before[1], before[2], bufs, old_bufs, strict=True
+    for p, q, g, x, c, y, b, b0, layer in zip(
+        params, prevs, grads, before[0], before[1], before[2], bufs, old_bufs, layer_of, strict=True
     ):
-        exact, exact_b = expected_update(x, c, b0, row)
+        bound = bounds[layer] if bounds is not None and layer >= 0 else math.inf
+        exact, exact_b = expected_update(x, c, b0, row, bound)
         eps = torch.finfo(p.dtype).eps
-        size = x.cpu().double().abs() + row[0] * 3 * (c.cpu().double().abs() + 2)
+        decayed = row[3] * bound if bound < math.inf else 0
+        size = (1 + row[0] * decayed) * x.cpu().double().abs() + row[0] * 3 * (c.cpu().double().abs() + 2)
         limit = torch.finfo(p.dtype).max
         fine = (exact.abs() < limit) & (size * eps < limit)
         difference = (p.cpu().double() - exact).abs()
@@ -136,10 +146,11 @@ def check(name, problem, momentum, copy, row, paired):
     copy=st.booleans(),
     full=st.booleans(),
     paired=st.booleans(),
+    bounds=BOUNDS,
 )
 @options(max_examples=40)
-def test_random_lists(name, problem, momentum, copy, full, paired):
-    check(name, problem, momentum, copy, FULL if full else PLAIN, paired)
+def test_random_lists(name, problem, momentum, copy, full, paired, bounds):
+    check(name, problem, momentum, copy, FULL if full else PLAIN, paired, bounds)
 
 
 @given(
@@ -148,10 +159,11 @@ def test_random_lists(name, problem, momentum, copy, full, paired):
     copy=st.booleans(),
     full=st.booleans(),
     paired=st.booleans(),
+    bounds=BOUNDS,
 )
 @options(max_examples=25)
-def test_random_lists_triton(problem, momentum, copy, full, paired):
-    check("triton", problem, momentum, copy, FULL if full else PLAIN, paired)
+def test_random_lists_triton(problem, momentum, copy, full, paired, bounds):
+    check("triton", problem, momentum, copy, FULL if full else PLAIN, paired, bounds)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -187,12 +199,93 @@ def test_not_finite_stays_in_its_layer(name, bad):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_infinite_parameter_without_weight_decay(name):
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("bound", [None, 0.5])
+def test_infinite_parameter_without_weight_decay(name, momentum, bound):
     """0 * inf must not get in."""
     p = torch.full((5000,), torch.inf, device=DEVICE)
+    bufs = [torch.ones_like(p) if momentum else None]
+    bounds = None if bound is None else torch.full((1,), bound, dtype=torch.float64, device=DEVICE)
     plan = plan_for(name, [p], [p], [0], 1)
-    plan.step([torch.ones_like(p)], None, [None], None, [0], [PLAIN], None)
+    plan.step([torch.ones_like(p)], None, bufs, None, [0], [PLAIN], None, None, bounds)
     assert p.isinf().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_finite_goes_through_the_bound(name, dtype):
+    """As NaN where there is a bound; as in torch.optim.SGD where there is none or it is infinite."""
+    bad = {17: math.nan, 4321: math.inf, 4999: -math.inf}
+    params, grads, bufs = ([torch.ones(5000, dtype=dtype, device=DEVICE) for _ in range(4)] for _ in range(3))
+    for g, b in zip(grads, bufs, strict=True):
+        for at, value in bad.items():
+            b[at] = value
+        g[123] = math.inf
+    bounds = torch.tensor([0.5, math.inf], dtype=torch.float64, device=DEVICE)
+    out = torch.empty((6, 2), dtype=torch.float64, device=DEVICE)
+    row = (0.5, 0.5, 1.0, 0.25, 0.0, 1.0)
+    plan = kernels.Plan(
+        params, grads, [-1, -1, 0, 1], 2, kernels.backend(name, params[0].device), [-1, 0, 0, 1]
+    )
+    plan.step(grads, None, bufs, None, [0] * 4, [row], out, None, bounds)
+    assert out.isnan().all()  # the gradient has an infinity, the momentum a NaN
+    fine = torch.ones(5000, dtype=torch.bool, device=DEVICE)
+    fine[[17, 123, 4321, 4999]] = False
+    for i, p in enumerate(params):
+        bounded = i in (1, 2)
+        assert (p[fine] == (1 - 0.5 * (0.5 + 0.25 * 0.5) if bounded else 1 - 0.5 * 1.75)).all()
+        assert p[17].isnan()
+        rest = p[[123, 4321, 4999]].tolist()
+        assert all(map(math.isnan, rest)) if bounded else rest == [-math.inf, -math.inf, math.inf]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("measured", [False, True])
+def test_bounded_steps(name, dtype, scaled, measured):
+    """Clipped momentum and decoupled weight decay, whatever the lookahead; plain steps where nothing bounds."""
+    sizes, layer_of, bounds = [9000, 70, 5000, 33, 40], [1, 0, -1, 1, 2], [0.25, 2.0, math.inf]
+    params, grads, bufs = (
+        [torch.full((n,), v, dtype=dtype, device=DEVICE) for n in sizes] for v in (8, 2, -4)
+    )
+    bufs[3] = None
+    for g in grads:
+        g[1::2] = -0.5
+    scale = [0.5, 4.0, 2.0] if scaled else [1.0] * 3
+    vectors = [torch.tensor(v, dtype=torch.float64, device=DEVICE) for v in (scale, bounds)]
+    row = (0.25, 0.5, 1.0, 0.125, 0.5, -1.0)
+    out = torch.empty((6, 3), dtype=torch.float64, device=DEVICE) if measured else None
+    plan = plan_for(name, params, grads, layer_of, 3)
+    plan.step(grads, None, bufs, None, [0] * 5, [row], out, vectors[0] if scaled else None, vectors[1])
+    for i, layer in enumerate(layer_of):
+        lr = 0.25 * (scale[layer] if layer >= 0 else 1)
+        for start, g in ((0, 2.0), (1, -0.5)):
+            d = -g + 0.125 * 8
+            if bufs[i] is None:
+                pass
+            elif layer in (0, 1):
+                b = 0.5 * -4 - g
+                assert (bufs[i][start::2] == b).all()
+                d = min(max(b, -bounds[layer]), bounds[layer]) + 0.125 * bounds[layer] * 8
+            else:
+                b = 0.5 * -4 + d
+                assert (bufs[i][start::2] == b).all()
+                d += 0.5 * b
+            assert (params[i][start::2] == 8 - lr * d).all()
+    if measured:
+        n = torch.tensor([70, 9000, 40], dtype=torch.float64) / 2
+        assert torch.equal(out[4].cpu(), n * -(2 * -4 + -0.5 * -4)) and torch.equal(out[5].cpu(), n * 32)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_bound_beyond_the_dtype_is_none(name):
+    """Of float32, in which the update is computed: weight decay then is the plain step's."""
+    p, g, b = (torch.full((5000,), v, device=DEVICE) for v in (8.0, 2.0, 4.0))
+    bound = torch.full((1,), 1e300, dtype=torch.float64, device=DEVICE)
+    row = (0.5, 0.5, 1.0, 0.25, 0.0, 1.0)
+    plan_for(name, [p], [g], [0], 1).step([g], None, [b], None, [0], [row], None, None, bound)
+    assert (b == 6).all() and (p == 5).all()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -218,12 +311,15 @@ def test_reruns_agree_bit_for_bit(name):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("momentum", [False, True])
-def test_every_form_of_the_cpu_kernel_gives_the_same_bits(monkeypatch, dtype, momentum):
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("bounds", [None, [0.5, math.inf]])
+def test_every_form_of_the_cpu_kernel_gives_the_same_bits(monkeypatch, dtype, momentum, paired, bounds):
     """Parts and prefetching change the speed only, with one thread and with two."""
     numba_backend = pytest.importorskip("oscopt.kernels.numba_backend")
     generator = torch.Generator().manual_seed(3)
     sizes = [100_003, 5, 33_000, 31]
     first = [[make(n, "plain", dtype, 1.0, generator).cpu() for n in sizes] for _ in range(3)]
+    bound = None if bounds is None else torch.tensor(bounds, dtype=torch.float64)
     results = []
     for form in (*numba_backend._FORMS.values(), numba_backend._UNKNOWN, numba_backend.Form(64, 64)):
         monkeypatch.setattr(numba_backend, "FORM", form)
@@ -231,12 +327,14 @@ def test_every_form_of_the_cpu_kernel_gives_the_same_bits(monkeypatch, dtype, mo
             torch.set_num_threads(threads)
             params, grads, prevs = ([t.clone() for t in tensors] for tensors in first)
             bufs = [torch.ones_like(p) if momentum else None for p in params]
-            out = torch.empty((4, 2), dtype=torch.float64)
+            out = torch.empty((6, 2), dtype=torch.float64)
             plan = plan_for("numba", params, grads, [0, 0, 1, 1], 2)
-            plan.step(grads, prevs, bufs, [True, False] * 2, [0] * 4, [FULL], out)
+            pair = (prevs, [True, False] * 2) if paired else (None, None)
+            plan.step(grads, pair[0], bufs, pair[1], [0] * 4, [FULL], out, None, bound)
             results.append([out, *params, *prevs, *(b for b in bufs if b is not None)])
     for tensors in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(tensors, results[0], strict=True))
+        for a, b in zip(tensors, results[0], strict=True):
+            assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def test_form_is_chosen_by_the_processor():
@@ -295,6 +393,28 @@ def test_scale_multiplies_each_layers_rate(name, dtype, momentum):
             exact, _ = expected_update(x, g, b, own)
             size = x.cpu().double().abs() + own[0] * (g.cpu().double().abs() + 2)
             assert ((p.cpu().double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("buffers", ["none", "some", "all"])
+@pytest.mark.parametrize("updated", [False, True])
+def test_what_is_not_taken_is_nan(name, paired, buffers, updated):
+    """Without pairs, without momentum, in measuring alone as well."""
+    generator = torch.Generator().manual_seed(4)
+    params, grads, prevs, bufs = (
+        [make(n, "plain", torch.float32, 1.0, generator) for n in (9000, 70, 33)] for _ in range(4)
+    )
+    given = {"none": None, "some": [bufs[0], None, bufs[2]], "all": bufs}[buffers]
+    sign = FULL[5] if updated else 1.0
+    expected = oracle([0, 0, 1], 2, grads, prevs if paired else None, given, sign)
+    out = torch.empty((6, 2), dtype=torch.float64, device=DEVICE)
+    hyper = [FULL] if updated else None
+    plan = plan_for(name, params, grads, [0, 0, 1], 2)
+    plan.step(grads, prevs if paired else None, given, None, [0] * 3, hyper, out)
+    assert torch.equal(out.cpu().isnan(), expected.isnan())
+    assert torch.allclose(out.cpu(), expected, rtol=1e-12, atol=1e-9, equal_nan=True)
+    assert out.isnan().any(1).tolist() == [not paired, False, *[not paired] * 2, *[given is None] * 2]
 
 
 def test_dense():

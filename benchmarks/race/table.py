@@ -41,7 +41,7 @@ def _grid(rows: Sequence[Row], measure: str) -> list[str]:
 
 def _summary(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| contender | median | mean | worst | reached within 1.0 | within 1.5 | diverged | seconds, median |",
+        "| contender | median | mean | worst | reached within 1.0 | within 1.5 | diverged | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys(row["contender"] for row in rows):
@@ -69,8 +69,8 @@ def markdown(rows: Sequence[Row]) -> str:
             f"{batch}, seeds {seeds}.",
             "",
             "Epochs to the loss that gradient descent with its best fixed rate ends with, as a multiple of "
-            "the epochs that it takes itself; runs get 1.5 times the budget. Over all tasks and seeds (the mean "
-            "is the geometric one, of ratios cut at 2):",
+            "the epochs that it takes itself; runs get 1.5 times the budget. Over all tasks and seeds (the "
+            "mean is the geometric one, of ratios cut at 2; seconds are the median):",
             "",
             *_summary(rows),
             "",

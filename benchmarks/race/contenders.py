@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from oscopt import OscGD
-from oscopt.adapt import CosineStep, Hypergradient, SecantStep
+from oscopt.adapt import AlignedStep, CosineStep, Decision, Hypergradient, Measured, SecantStep
 
 Named = Iterable[tuple[str, Parameter]]
 BASE = "gd"
@@ -90,3 +90,48 @@ def contenders() -> tuple[list[Contender], list[str]]:
         Contender("adamw", _adam(torch.optim.AdamW), 2.0, lambda best: 0.016),
         *others,
     ], absent
+
+
+class _MeanOnly(AlignedStep):
+    """sigma from the mean of ||g||^2 alone."""
+
+    def __call__(self, measured: Measured) -> Decision:
+        rho, state, _ = super().__call__(measured)
+        mean = state["total"] / state["count"].clamp_min(1.0)
+        return Decision(rho, state, self.bound * (mean / (measured.size * (1 - self.momentum**2))).sqrt())
+
+
+class _AdjacentCorrelation(AlignedStep):
+    """rho follows the correlation of adjacent gradients in place of that with the momentum."""
+
+    def __call__(self, measured: Measured) -> Decision:
+        _, state, bound = super().__call__(measured)
+        excess = (measured.scale / self.start).log().clamp_min(0.0)
+        change = self.kappa * measured.correlation.nan_to_num() - self.pull * excess
+        return Decision(measured.scale * torch.exp(change), state, bound)
+
+
+def ablations() -> list[Contender]:
+    """The rule of "auto" with one part changed each, after gradient descent and the rule itself."""
+    # Where nothing is clipped, rho / c is what multiplies b / sigma: it stays what it was.
+    rule = AlignedStep()
+    unclipped = AlignedStep(start=rule.start * 1e3 / rule.bound, bound=1e3)
+    changed = {
+        "rho fixed": AlignedStep(kappa=0.0),
+        "kappa / 2": AlignedStep(kappa=rule.kappa / 2),
+        "kappa x 2": AlignedStep(kappa=rule.kappa * 2),
+        "pull / 10": AlignedStep(pull=rule.pull / 10),
+        "rho_1 / 10": AlignedStep(start=rule.start / 10),
+        "rho_1 x 4": AlignedStep(start=rule.start * 4),
+        "bound / 3": AlignedStep(bound=rule.bound / 3),
+        "not bounded": unclipped,
+        "one rho for all": AlignedStep(granularity="global"),
+        "sigma from the mean": _MeanOnly(),
+        "adjacent correlation": _AdjacentCorrelation(),
+    }
+
+    def make(policy: AlignedStep):
+        return lambda rate, best, named: OscGD(named, adapt=policy)
+
+    base, ours = (next(c for c in contenders()[0] if c.name == name) for name in (BASE, OURS))
+    return [base, ours, *(Contender(f"{OURS}, {name}", make(policy)) for name, policy in changed.items())]

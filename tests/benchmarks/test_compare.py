@@ -138,6 +138,19 @@ def test_contenders_by_name(small_tasks, tmp_path):
     assert {r["contender"] for r in rows_in(tmp_path)} == {"gd", "adam", "auto"}
 
 
+def test_ablations(small_tasks, tmp_path, capsys):
+    arguments = ["--ablations", "--only", "net", "--seeds", "0", "--out", str(tmp_path)]
+    assert compare.main([*arguments, "--batch", "16"]) == 0
+    text = (tmp_path / "ablations-16.md").read_text()
+    assert text in capsys.readouterr().out
+    names = [c.name for c in contenders.ablations()]
+    assert len(names) == len(set(names)) > 8 and all(f"| {name} |" in text for name in names)
+    with open(tmp_path / "ablations.csv") as file:
+        finals = {row["contender"]: row["final"] for row in csv.DictReader(file)}
+    same = {"auto, one rho for all", "auto, sigma from the mean"}  # with one layer and norms that fall
+    assert {name for name, final in finals.items() if final == finals["auto"]} == {"auto", *same}
+
+
 def test_pictures_that_are_not_there(small_tasks, tmp_path, capsys, monkeypatch):
     """Their tasks are left out with one line; asked for by name, or by a folder, they are an error."""
     load = data.load

@@ -2,8 +2,9 @@
 
 A chunk is worked off in parts: prefetch a part some way ahead (the processor's own prefetching stops at every
 page), sum (reads g_t, g_{t-1} and the momentum), update (reads g_t and the momentum again, from the cache;
-reads and writes the parameter), so memory is passed over once. How large a part is and whether it is prefetched depends on the processor. What is
-done is decided at run time by the hyperparameters and by null addresses, so that nothing is compiled twice.
+reads and writes the parameter), so memory is passed over once. How large a part is and whether it is
+prefetched depends on the processor. What is done is decided at run time by the hyperparameters and by null
+addresses, so that nothing is compiled twice.
 """
 
 from __future__ import annotations

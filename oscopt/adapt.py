@@ -237,30 +237,31 @@ class AlignedStep(_Rule):
     For a layer of n elements, with b the momentum buffer and c = `bound`::
 
         b_t = beta b_{t-1} + g_t,   p -= lr (rho_t clip(b_t / (c sigma_t), -1, 1) + weight decay)
-        rho_{t+1} = min(rho_t exp(kappa cos(g_t, b_{t-1})), most)
+        log rho_{t+1} = log rho_t + kappa cos(g_t, b_{t-1}) - pull max(log rho_t - log rho_1, 0)
         sigma_{t+1}^2 = max(mean of ||g_i||^2 over i <= t, ||g_t||^2) / (n (1 - beta^2)),   sigma_1 = 0
 
     sigma is the deviation that an element of b has where gradients are noise of that size. So no element
     moves by more than lr rho, most of those of a layer move by just that, and a loss times any factor makes
     the same steps. rho grows while gradients point along the momentum and shrinks where they oppose it, as
-    they do at the edge of stability. The first step only fills b. All that a step applies is known before it.
+    they do at the edge of stability; what it has above its start is forgotten, so that it does not drift in
+    noise. The first step only fills b. All that a step applies is known before it.
 
     The optimizer's `lr` multiplies rho; 1 is right. Weight decay is decoupled: p -= lr rho weight_decay p.
 
     Args:
         start: rho_1, the first scale, greater than 0.
         kappa: how fast rho follows, not negative; 0: not at all.
-        most: what rho does not exceed, at least `start`.
+        pull: the part of log rho above its start that a step takes back, in (0, 1): rho stays below
+            exp(kappa / pull) times its start.
         bound: c, greater than 0; in noise, elements beyond c standard deviations are cut.
         momentum: beta, in (0, 1).
     """
 
-    start: float = 0.003
+    start: float = 0.005
     kappa: float = 0.2
-    most: float = 0.03
-    bound: float = 0.1
+    pull: float = 0.05
+    bound: float = 0.3
     momentum: float = 0.9
-    bounds: tuple[float, float] | None = field(default=(1e-9, 0.03), init=False)
 
     signal = "momentum"
 
@@ -269,11 +270,10 @@ class AlignedStep(_Rule):
         _check_positive("bound", self.bound)
         if not (self.kappa >= 0 and math.isfinite(self.kappa)):
             raise ValueError(f"Invalid kappa: {self.kappa}; it must be finite and not negative")
-        if not self.most >= self.start:
-            raise ValueError(f"Invalid most: {self.most}; it must be at least start, {self.start}")
+        if not 0 < self.pull < 1:
+            raise ValueError(f"Invalid pull: {self.pull}; use a number between 0 and 1")
         if not 0 < self.momentum < 1:
             raise ValueError(f"Invalid momentum: {self.momentum}; use a number between 0 and 1")
-        self.bounds = (min(1e-9, self.start), self.most)
 
     def __call__(self, measured: Measured) -> Decision:
         norm = torch.where(measured.sq_norm > 0, measured.sq_norm, 0.0)  # NaN is not greater
@@ -281,7 +281,9 @@ class AlignedStep(_Rule):
         total, count = (old + new for old, new in zip(before, (norm, (norm > 0).double()), strict=True))
         size = torch.maximum(total / count.clamp_min(1.0), norm)
         sigma = (size / (measured.size * (1.0 - self.momentum**2))).sqrt()
-        rho = measured.scale * torch.exp(self.kappa * measured.alignment_correlation.nan_to_num())
+        excess = (measured.scale / self.start).log().clamp_min(0.0)
+        cos = measured.alignment_correlation.nan_to_num()
+        rho = measured.scale * torch.exp(self.kappa * cos - self.pull * excess)
         return Decision(rho, {"total": total, "count": count}, self.bound * sigma)
 
 

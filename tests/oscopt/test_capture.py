@@ -120,7 +120,7 @@ def test_the_same_numbers_as_without(case, backend):
         same_history(a.history, b.history)
         assert torch.equal(a.step_scale, b.step_scale)
         torch.testing.assert_close(a.correlation, b.correlation, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(a.global_correlation, b.global_correlation, rtol=0, atol=0)
+        torch.testing.assert_close(a.global_correlation, b.global_correlation, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,23 @@ def compare(kept: Tensor, prev: Tensor) -> Tensor:
     return torch.stack([corrected, diff.dot(diff), prev_sq_norm, variance])
 
 
+def inner_products(kept: Tensor) -> Tensor:
+    """Estimates of <g, g'> for all pairs of T gradients of a tensor.
+
+    Args:
+        kept: what is kept of them, float64, shape (T, kept_size).
+
+    Returns:
+        Shape (T, T).
+    """
+    rows = kept.view(len(kept), -1, BUCKETS).transpose(0, 1)
+    dots = rows @ rows.mT
+    sq_norms = dots.diagonal(dim1=1, dim2=2)
+    product = sq_norms[:, :, None] * sq_norms[:, None]
+    rest = torch.where(product == 0, 0.0, 1 - dots * dots / product)
+    return (dots * (1 + rest / (2 * BUCKETS))).sum(0)
+
+
 class Batch(torch_backend.Batch):
     """As :class:`oscopt.kernels.BatchProtocol`, of parameters that are sketched: `prevs[i]` is what is kept of
     the last gradient, and is always overwritten with what is kept of this one."""

@@ -150,11 +150,11 @@ def describe(
         "names": list(names),
         "layers": list(layers),
         "settings": settings,
-        "pieces": [_piece(p) for p in params],
+        "pieces": [piece(p) for p in params],
     }
 
 
-def _piece(param: Tensor) -> tuple[int | None, ...]:
+def piece(param: Tensor) -> tuple[int | None, ...]:
     """Which piece of a parameter this rank holds: its place along the mesh dimensions that shard it."""
     if not is_dtensor(param):
         return ()

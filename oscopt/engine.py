@@ -24,8 +24,9 @@ from torch import Tensor
 
 from . import kernels, measures
 from .adapt import Adapter
-from .distributed import Ranks, bare, copyable, describe, is_dtensor
+from .distributed import Ranks, bare, copyable, describe, is_dtensor, piece
 from .history import MEASURED, History
+from .kernels import sketch
 from .layers import members
 from .recorder import Recorder
 from .window import Window
@@ -33,8 +34,17 @@ from .window import Window
 PREVIOUS = "prev_grad"
 """Key of a parameter's previous gradient in the optimizer's state."""
 
+SKETCH, SEED = "grad_sketch", "grad_sketch_seed"
+"""Keys of what is kept of a sketched gradient there, and of the seed that it was sketched with."""
+
 COPIED = "prev_grad_copied"
 """Key of a mark there: the previous gradient is a copy of ours, as the tensor itself is being reused."""
+
+KEYS = (PREVIOUS, COPIED, SKETCH, SEED)
+"""All of them."""
+
+MEASURES = ("exact", "sketch", "alignment")
+"""What gradients can be measured against, see :class:`oscopt.OscGD`; a monitor knows no momentum."""
 
 _GRAD, _VERSION = map(attrgetter, ("grad", "_version"))
 
@@ -61,6 +71,7 @@ class Slot:
     dense: bool
     copied: bool  # the previous gradient is ours, the kernel copies into it
     again: int  # how many times the parameter has been listed before this one
+    seed: int  # of its sketches
     state: dict[str, Any] | None = None  # None: there is none yet
 
 
@@ -72,7 +83,8 @@ class Engine:
         states: the state of each parameter (an optimizer's); one that has none gets it when there is any.
         layers: the name of each parameter's layer, None: not measured.
         every: measure every so many steps.
-        measure: "exact": against the last gradient; "alignment": against the momentum alone.
+        measure: "exact": against the last gradient; "sketch": against its sketch; "alignment": against the
+            momentum alone.
         backend: "auto" or one of :data:`oscopt.kernels.BACKENDS`.
         history: where the sums go.
         ranks: the processes that share the parameters, if they have found each other already.
@@ -108,8 +120,13 @@ class Engine:
         index: dict[str | None, int] = {name: i for i, name in enumerate(self.layer_names)} | {None: -1}
         self.ranks = _ranks(names, params, layers, {"every": every, "measure": measure}, ranks)
         counted = self.ranks.counted if self.ranks is not None else [True] * len(params)
-        self._pairs_up = measure == "exact"
+        self._pairs_up = measure != "alignment"
         """Whether previous gradients are kept and measured against."""
+        self._sketch = measure == "sketch"
+        """Whether their sketches are, in their place."""
+        self._key = SKETCH if self._sketch else PREVIOUS
+        self._sums = len(sketch.SUMS if self._sketch else kernels.SUMS)
+        self._steady: tuple[Sequence[Tensor], list[bool]] | None = None  # what the last step's sketches were
         self._recorder = recorder
         self._states = states
         self._known_states = list(states.values())
@@ -134,8 +151,9 @@ class Engine:
                     shape=local.shape,
                     stride=local.stride(),
                     dense=kernels.dense(local),
-                    copied=self._pairs_up and (copy_gradients or recorder is not None),
+                    copied=self._pairs_up and (copy_gradients or self._sketch or recorder is not None),
                     again=again,
+                    seed=sketch.seed_of(names[i], piece(p)),
                     state=states.get(p),
                 )
             )
@@ -210,7 +228,7 @@ class Engine:
             if prev is not None and not slot.copied and prev._version != self._version[i]:
                 layers.add(slot.home)
             elif slot.state is not None and slot.state is not state:
-                if not state.keys() >= slot.state.keys() & {PREVIOUS}:
+                if not state.keys() >= slot.state.keys() & {self._key}:
                     layers.add(slot.home)
         if now is not None:
             before = members((self.layer_names[s.home], s.outer) for s in self.slots if s.home >= 0)
@@ -227,11 +245,11 @@ class Engine:
         """
         if not layers:
             return
-        self._prev, self._by_reference = list(self._prev), False
+        self._prev, self._by_reference, self._steady = list(self._prev), False, None
         for i, slot in enumerate(self.slots):
             if slot.home in layers and slot.state is not None:
                 self._prev[i] = None
-                slot.state.pop(PREVIOUS, None)
+                slot.state.pop(self._key, None)
 
     def state(self, slot: Slot) -> dict[str, Any]:
         """The state of its parameter, to be written."""
@@ -371,9 +389,8 @@ class Engine:
                 "make it with capturable=True"
             )
         present = [i for i, g in enumerate(grads) if g is not None]
-        dtypes = {i: None if self._prev[i] is None else self._prev[i].dtype for i in present}
         lacking = self._pairs_up and any(
-            dtypes[i] != grads[i].dtype for i in present if self.slots[i].layer >= 0
+            not self._suits(i, grads[i]) for i in present if self.slots[i].layer >= 0
         )
         if self.untouched or lacking or self._kept != present:
             raise RuntimeError(
@@ -403,6 +420,8 @@ class Engine:
         present = [i for i, g in enumerate(grads) if g is not None]
         if self._recorder is not None and self._pairs_up:
             self._changed(grads, present)
+        if self._sketch:
+            self._sketches(grads, present)
         self.keep(grads, wholes, present, copied=False)
 
     def step(
@@ -437,9 +456,13 @@ class Engine:
         if measured:
             if self._pairs_up:
                 # Graphs and other steps in between leave nothing to compare with.
-                before = self._last_row if self._every == 1 and self._recorder is None else None
+                by_norm = self._every == 1 and self._recorder is None and not self._sketch
+                before = self._last_row if by_norm else None
                 prevs, copies, lost = self._pairs(grads, wholes, present)
-            sums = row[: len(kernels.SUMS)]  # zeros until now
+            sums = row[: self._sums]  # zeros until now
+        elif self._sketch and (keep or self.windows):
+            prevs, copies, _ = self._sketches(grads, present)
+            sums = torch.zeros((self._sums, len(self.layer_names)), dtype=torch.float64, device=self.device)
         adapter, plans = self._adapter, self._plan(present, grads, regular)
         if self._recorder is not None and not kernels.capturing(self.device):
             for _, plan in plans:
@@ -454,11 +477,11 @@ class Engine:
         if row is not None:
             if lost:
                 everything = len(lost) == len(self.layer_names)  # as at the start: no index to upload
-                for part in (sums[0], sums[2], sums[3]):
+                for part in (sums[0], sums[2], sums[3], *sums[len(kernels.SUMS) :]):
                     part[slice(None) if everything else lost] = torch.nan
             if changed is not None:
-                sums[:1].masked_fill_(changed, torch.nan)
-                sums[2:4].masked_fill_(changed, torch.nan)
+                for part in (sums[:1], sums[2:4], sums[len(kernels.SUMS) :]):
+                    part.masked_fill_(changed, torch.nan)
             self._last_row = row
             if adapter is not None:
                 row[MEASURED:].copy_(torch.stack([adapter.scale, adapter.used]))
@@ -474,7 +497,9 @@ class Engine:
             adapter.used = adapter.scale if row is None else row[MEASURED]
         for window in tuple(self.windows):
             number = step if self._recorder is None else self._recorder.count()
-            window.add(number, present, [self.slots[i].layer for i in present], [grads[i] for i in present])
+            values, slots = prevs if self._sketch else grads, [self.slots[i] for i in present]
+            sketched = [self._sketch and sketch.sketched(slot.param) for slot in slots]
+            window.add(number, present, [s.layer for s in slots], [values[i] for i in present], sketched)
         self.keep(grads, wholes, present if keep else [], copied=measured)
 
     def lose(self, step: int, lr: tuple[float, ...], prev_lr: tuple[float, ...]) -> None:
@@ -497,8 +522,8 @@ class Engine:
         """With a recorder: the layers that have no valid pair, bool, (L,). Makes room for what is kept."""
         missing = []
         for i in present:
-            slot, g, kept = self.slots[i], grads[i], self._prev[i]
-            if slot.home < 0 or (kept is not None and kept.dtype == g.dtype):
+            slot, g = self.slots[i], grads[i]
+            if (slot.layer if self._sketch else slot.home) < 0 or self._suits(i, g):
                 continue
             missing.append(i)
             self._make_copy(i, g.dtype)
@@ -535,7 +560,7 @@ class Engine:
         """Bring the ranks' sums together and finish the row; what of it is left for later, if any."""
         if self.ranks is None:
             return self._complete(row, before, rates)
-        return partial(self._settle, self.ranks.reduce(row[: len(kernels.SUMS)]), row, before, rates)
+        return partial(self._settle, self.ranks.reduce(row[: self._sums]), row, before, rates)
 
     def _settle(self, work: Any, row: Tensor, before: Tensor | None, rates: tuple) -> None:
         self.ranks.wait(work)
@@ -554,6 +579,8 @@ class Engine:
                 written = (row[3] - before[1]).abs_() > _ROUNDING * before[1]
                 row[:1].masked_fill_(written, torch.nan)
                 row[2:4].masked_fill_(written, torch.nan)
+        if self._sketch:
+            row[self._sums - 1].sqrt_().div_(row[1].sqrt() * row[3].sqrt())  # of the dot; of the correlation
         if self._adapter is not None:
             if self._recorder is None:
                 rates = tuple(torch.from_numpy(rate).to(self.device, non_blocking=True) for rate in rates)
@@ -564,6 +591,8 @@ class Engine:
 
     def _pairs(self, grads, wholes, present) -> tuple[list, list[bool] | None, Sequence[int]]:
         """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
+        if self._sketch:
+            return self._sketches(grads, present)
         if grads is wholes and self._by_reference:
             prevs = kernels.Tensors(self._prev)
             reused = prevs.addresses == grads.addresses
@@ -577,7 +606,7 @@ class Engine:
             if slot.layer < 0:
                 continue
             prev = self._prev[i]
-            if prev is None or prev.dtype != g.dtype:
+            if not self._suits(i, g):
                 lost.add(slot.layer)
             elif slot.copied:
                 prevs[i] = prev
@@ -588,9 +617,38 @@ class Engine:
                 self._copy(i, wholes[i])
             else:
                 prevs[i] = prev
-        if self._kept != present and self._recorder is None:
-            lost.update(self.slots[i].layer for i in set(self._kept).symmetric_difference(present))
+        lost |= self._others(present)
         return prevs, copies, sorted(lost - {-1})
+
+    def _sketches(self, grads, present) -> tuple[Sequence[Tensor], list[bool], Sequence[int]]:
+        """As :meth:`_pairs`; makes room where there is nothing yet."""
+        if present is self._everyone and self._steady is not None and self._kept is present:
+            return *self._steady, []
+        lost: set[int] = set()
+        mine = [i for i in present if self.slots[i].layer >= 0]
+        for i in mine:
+            if not self._suits(i, grads[i]):
+                self._make_copy(i, grads[i].dtype)
+                lost.add(self.slots[i].layer)
+        lost |= self._others(present)
+        chosen = set(mine)
+        prevs = kernels.Tensors(self._prev[i] if i in chosen else g for i, g in enumerate(grads))
+        copies = [i in chosen for i in range(len(grads))]
+        self._steady = (prevs, copies) if present is self._everyone and self._all_measured else None
+        return prevs, copies, sorted(lost - {-1})
+
+    def _others(self, present: list[int]) -> set[int]:
+        """Layers of which other parameters have gradients than last time; with a recorder, that knows."""
+        if self._kept == present or self._recorder is not None:
+            return set()
+        return {self.slots[i].layer for i in set(self._kept).symmetric_difference(present)}
+
+    def _suits(self, i: int, grad: Tensor) -> bool:
+        """Whether what is kept of a parameter is of gradients like `grad`."""
+        prev, dtype = self._prev[i], grad.dtype
+        if self._sketch and sketch.sketched(self.slots[i].param):
+            dtype = sketch.kept_dtype(dtype)
+        return prev is not None and prev.dtype == dtype
 
     def _copy(self, i: int, whole: Tensor) -> None:
         """Keep a copy of a gradient, from now on."""
@@ -603,18 +661,21 @@ class Engine:
         """Room for a copy of a parameter's gradients."""
         slot = self.slots[i]
         state = self.state(slot)
-        state[PREVIOUS] = torch.zeros_like(slot.outer, dtype=dtype)
+        if self._sketch:
+            state[SKETCH], state[SEED] = sketch.kept_like(slot.param, dtype), slot.seed
+        else:
+            state[PREVIOUS] = torch.zeros_like(slot.outer, dtype=dtype)
         if self._recorder is not None:
-            self._recorder.copies[i] = state[PREVIOUS]
-        self._prev[i] = bare(state[PREVIOUS])
-        slot.copied, self._by_reference = True, False
+            self._recorder.copies[i] = state[self._key]
+        self._prev[i] = bare(state[self._key])
+        slot.copied, self._by_reference, self._steady = True, False, None
 
     def keep(self, grads, wholes, kept: list[int], copied: bool) -> None:
         """Keep the gradients of the slots `kept` for the next step, and no others.
 
         `copied`: the kernel has overwritten the copies already.
         """
-        if not self._pairs_up:
+        if not self._pairs_up or (self._sketch and self._recorder is not None):
             self._kept = kept
             return
         if self._recorder is not None:
@@ -625,8 +686,11 @@ class Engine:
             return
         if kept != self._kept:
             for i in set(self._kept).difference(kept):
-                self._prev[i] = None
-                self.state(self.slots[i]).pop(PREVIOUS, None)
+                self._prev[i], self._steady = None, None
+                self.state(self.slots[i]).pop(self._key, None)
+        if self._sketch:
+            self._kept = kept
+            return
         usual = grads is wholes and kept is self._everyone and self._all_measured
         if usual and (self._by_reference or not any(slot.copied for slot in self.slots)):
             if not self._by_reference:
@@ -673,6 +737,7 @@ class Engine:
                         len(self.layer_names),
                         self.backends[device],
                         [self._scale_of[i] for i in index],
+                        [self.slots[i].seed for i in index] if self._sketch else None,
                     ),
                 )
                 for (_, device), index in calls.items()
@@ -684,6 +749,13 @@ class Engine:
         state = slot.state
         if state is None or slot.again:
             return
+        if self._sketch:
+            for key in (PREVIOUS, COPIED):
+                state.pop(key, None)
+            self._take_up_sketch(i, slot)
+        else:
+            for key in (SKETCH, SEED):
+                state.pop(key, None)
         for key in (PREVIOUS, "momentum_buffer"):
             if state.get(key) is None:
                 continue
@@ -699,9 +771,22 @@ class Engine:
             self._prev[i] = bare(state[PREVIOUS])
             self._version[i] = self._prev[i]._version
         if self._recorder is not None and self._prev[i] is not None:
-            state[PREVIOUS] = self._recorder.own(i, state[PREVIOUS])
-            self._prev[i] = bare(state[PREVIOUS])
+            state[self._key] = self._recorder.own(i, state[self._key])
+            self._prev[i] = bare(state[self._key])
         slot.copied = slot.copied or state.get(COPIED, False)
+
+    def _take_up_sketch(self, i: int, slot: Slot) -> None:
+        """Go on with the sketch that the state holds, if it is one that would be taken here."""
+        kept = slot.state.get(SKETCH)
+        if kept is None:
+            return
+        like = sketch.kept_like(slot.param, kept.dtype)
+        if slot.state.get(SEED) != slot.seed or kept.shape != like.shape or kept.device != slot.device:
+            del slot.state[SKETCH]
+            return
+        if kept.stride() != like.stride():
+            slot.state[SKETCH] = kept = like.copy_(kept)
+        self._prev[i] = kept
 
     def _layer_lr(self, lr: tuple[float, ...]) -> np.ndarray:
         """Rate of every layer, NaN where its parameters differ; the same array while the rates are."""

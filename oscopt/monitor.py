@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .distributed import Ranks, bare
-from .engine import COPIED, PREVIOUS, Engine, Reshaped, check_settings, skipped
+from .engine import KEYS, Engine, Reshaped, check_settings, skipped
 from .history import History
 from .kernels import capturing
 from .layers import Layers, Listing, assign, members
@@ -22,8 +22,6 @@ from .window import Window
 
 QUANTITIES = ("grad", "update")
 """What can be measured."""
-
-_KEYS = (PREVIOUS, COPIED)
 
 
 class OscMonitor:
@@ -37,8 +35,9 @@ class OscMonitor:
         what: "grad": the gradients that a step finds (that it ends with, where it calls a closure or unscales
             them itself). "update": what it has added to the parameters, x_{t+1} - x_t; this takes two copies
             of the parameters. Or both, as a tuple.
-        layers, every, copy_gradients, capturable, backend: as in :class:`oscopt.OscGD`. For a CUDA graph the
-            optimizer must be `capturable` as well.
+        measure: "exact" or "sketch", as in :class:`oscopt.OscGD`.
+        layers, every, copy_gradients, capturable, backend: as there. For a CUDA graph the optimizer must be
+            `capturable` as well.
         history, update_history: record into these, which go on where they end. Default: new ones.
 
     Raises:
@@ -62,6 +61,7 @@ class OscMonitor:
         what: str | Sequence[str] = ("grad",),
         *,
         layers: Layers = "module",
+        measure: str = "exact",
         every: int = 1,
         copy_gradients: bool = False,
         capturable: bool = False,
@@ -70,6 +70,8 @@ class OscMonitor:
         update_history: History | None = None,
     ) -> None:
         check_settings(every, capturable)
+        if measure not in ("exact", "sketch"):
+            raise ValueError(f"Invalid measure: {measure!r}; use 'exact' or 'sketch'")
         self.what = (what,) if isinstance(what, str) else tuple(what)
         if not self.what or set(self.what) - set(QUANTITIES):
             raise ValueError(f"Invalid what: {what!r}; use 'grad', 'update' or ('grad', 'update')")
@@ -85,6 +87,7 @@ class OscMonitor:
         self._named = held
         self._layers = dict(zip(held, assign(list(held), layers), strict=True))
         self._options: dict[str, Any] = {
+            "measure": measure,
             "every": every,
             "copy_gradients": copy_gradients,
             "backend": backend,
@@ -382,7 +385,7 @@ class OscMonitor:
             for name, p in self._named.items():
                 state = (loaded[what] or {}).get(name, {})
                 if state:
-                    states[p].update({key: state[key] for key in _KEYS if key in state})
+                    states[p].update({key: state[key] for key in KEYS if key in state})
             self._states[what] = states
             self._engines[what] = self._new_engine(what)
 

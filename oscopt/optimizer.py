@@ -17,7 +17,18 @@ from torch.optim.sgd import sgd
 
 from .adapt import Adapter, Policy, resolve
 from .distributed import Ranks, bare
-from .engine import COPIED, PREVIOUS, Engine, Reshaped, backend_for, check_settings, no_correlation, skipped
+from .engine import (
+    KEYS,
+    MEASURES,
+    PREVIOUS,
+    SKETCH,
+    Engine,
+    Reshaped,
+    backend_for,
+    check_settings,
+    no_correlation,
+    skipped,
+)
 from .history import History
 from .kernels import capturing
 from .layers import Layers, Listing, assign, follow, members
@@ -66,8 +77,11 @@ class OscGD(Optimizer):
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
             measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None;
             if it cannot be pickled (a lambda), a pickled optimizer has its answers so far, as a dict.
-        measure: "exact": against the last gradient, and with momentum also against that. "alignment": against
-            the momentum alone, which costs nothing and keeps no gradient; the correlation is NaN then.
+        measure: "exact": against the last gradient, and with momentum also against that. "sketch": against a
+            random projection of the last gradient, some 3 % of it: nothing else is kept, a step costs little more than
+            SGD's, and the correlation has a standard error (`history.correlation_stderr`, see docs/sketch.md).
+            "alignment": against the momentum alone, which costs nothing and keeps no gradient; the correlation
+            is NaN then.
         every: measure every `every`-th step; the others cost what SGD costs.
         adapt: a policy of :mod:`oscopt.adapt`, or its name, that sets a multiplier of `lr` for each layer
             from what was measured; None: all stay 1. "auto" needs neither `lr` nor `momentum`. A group with
@@ -119,8 +133,8 @@ class OscGD(Optimizer):
         policy = resolve(adapt)
         if history is not None and not isinstance(history, History):
             raise TypeError(f"history must be an oscopt.History or None, not {type(history).__name__}")
-        if measure not in ("exact", "alignment"):
-            raise ValueError(f"Invalid measure: {measure!r}; use 'exact' or 'alignment'")
+        if measure not in MEASURES:
+            raise ValueError(f"Invalid measure: {measure!r}; use one of {', '.join(map(repr, MEASURES))}")
         if policy is not None and measure == "alignment" and getattr(policy, "signal", "") != "momentum":
             raise ValueError(
                 f"measure='alignment' does not measure what the policy {policy!r} needs; use measure='exact'"
@@ -494,9 +508,10 @@ class OscGD(Optimizer):
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(numbers, params, strict=False):
             # torch has made it of the parameter's dtype, which a gradient need not have.
-            prev = state_dict["state"].get(i, {}).get(PREVIOUS)
-            if prev is not None and prev.dtype != p.dtype:
-                self.state[p][PREVIOUS] = prev.to(p.device)
+            for key in (PREVIOUS, SKETCH):
+                prev = state_dict["state"].get(i, {}).get(key)
+                if prev is not None and prev.dtype != p.dtype:
+                    self.state[p][key] = prev.to(p.device)
         for group in self.param_groups:
             group.setdefault("step", self._history.next_step)
         self._history.cut(self._step())
@@ -515,7 +530,7 @@ class OscGD(Optimizer):
             self._windows, self._engine = self._engine.windows, None
         for p in self._names.keys() - names.keys():
             if p in self.state:
-                for key in (PREVIOUS, COPIED):
+                for key in KEYS:
                     self.state[p].pop(key, None)
                 if not self.state[p]:  # SGD has none, and nothing to save
                     del self.state[p]

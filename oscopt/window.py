@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .distributed import Ranks
+from .kernels import sketch
 
 
 class Window:
     """Keeps the gradients of the next h steps; its matrices are those of the paper's Figs. 2-5, right.
 
-    Holds h copies of the measured gradients until the last has come, then (h, h) sums of every layer only.
+    Holds h copies of the measured gradients, or of their sketches, until the last has come, then (h, h) sums of
+    every layer only.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class Window:
         self._device = device
         self._ranks = ranks
         self._steps: list[int | Tensor] = []
-        self._gradients: list[list[tuple[int, Tensor]]] = []  # per step: (layer, copy of a gradient)
+        self._gradients: list[list[tuple[int, Tensor, bool]]] = []  # per step: (layer, copy, whether it is a sketch)
         self._present: list[list[int]] = []  # per step: the parameters that had gradients
         self._sums: np.ndarray | None = None
 
@@ -49,18 +51,23 @@ class Window:
         return self._sums is not None
 
     def add(
-        self, step: int | Tensor, present: Sequence[int], layer_of: Sequence[int], grads: Sequence[Tensor]
+        self,
+        step: int | Tensor,
+        present: Sequence[int],
+        layer_of: Sequence[int],
+        grads: Sequence[Tensor],
+        sketched: Sequence[bool],
     ) -> None:
         """Keep the gradients of step number `step` (the optimizer's side), of the parameters `present`.
 
-        `layer_of`: -1: not measured.
+        `layer_of`: -1: not measured. `sketched`: whether `grads` has the sketch instead.
         """
         if self.complete:
             return
         self._steps.append(step)
         self._present.append(list(present))
-        pairs = zip(layer_of, grads, strict=True)
-        self._gradients.append([(layer, grad.detach().clone()) for layer, grad in pairs if layer >= 0])
+        given = zip(layer_of, grads, sketched, strict=True)
+        self._gradients.append([(layer, g.detach().clone(), kind) for layer, g, kind in given if layer >= 0])
         if len(self._gradients) == self.h:
             sums = self._inner_products()
             if self._ranks is not None:
@@ -78,11 +85,11 @@ class Window:
         if not adjacent or any(present != self._present[0] for present in self._present):
             return sums.fill_(torch.nan)
         for same_parameter in zip(*self._gradients, strict=True):
-            layer = same_parameter[0][0]
-            parts = [grad.reshape(-1).split(1 << 20) for _, grad in same_parameter]
+            layer, _, sketched = same_parameter[0]
+            parts = [grad.reshape(-1).split(1 << 20) for _, grad, _ in same_parameter]
             for part in zip(*parts, strict=True):
                 rows = torch.stack([p.double() for p in part])
-                sums[layer] += (rows @ rows.T).to(self._device)
+                sums[layer] += (sketch.inner_products(rows) if sketched else rows @ rows.T).to(self._device)
         return sums
 
     def matrix(self, layer: str | None = None) -> np.ndarray:

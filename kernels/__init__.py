@@ -202,6 +202,7 @@ class Plan:
 
         scale_of = layer_of if scale_of is None else scale_of
         self._layer_of, self._seeds, self._backend = layer_of, seeds, backend
+        self._folds: dict = {}  # what the backend keeps of one fold for the next
         groups: dict[tuple, list[int]] = {}
         for i in sorted(range(len(params)), key=layer_of.__getitem__):
             p, g = params[i], grads[i]
@@ -253,7 +254,7 @@ class Plan:
         for dtype in dict.fromkeys(kept[i].dtype for i in index):
             chosen = [i for i in index if kept[i].dtype == dtype]
             values = (pick(v, chosen) for v in (kept, self._layer_of, self._seeds))
-            sketching(self._backend).fold(*values, out)
+            sketching(self._backend).fold(*values, out, self._folds)
 
 
 class Tensors(list[Tensor]):

@@ -99,7 +99,9 @@ class Batch(numba_backend.Batch):
             torch.set_num_threads(of_torch)
 
 
-def fold(kept: Sequence[Tensor], layer_of: Sequence[int], seeds: Sequence[int], out: Tensor) -> None:
+def fold(
+    kept: Sequence[Tensor], layer_of: Sequence[int], seeds: Sequence[int], out: Tensor, cache: dict
+) -> None:
     """See :func:`oscopt.kernels.sketch.fold`."""
     dtype = kept[0].dtype
     sizes, bounds = np.array([x.numel() for x in kept], np.int64), np.arange(len(out) + 1)

@@ -110,13 +110,16 @@ def sketch(x: Tensor, first: int, seed: int, buckets: int) -> Tensor:
     return signed.gather(1, (index - offset) % buckets).sum(0)
 
 
-def fold(kept: Sequence[Tensor], layer_of: Sequence[int], seeds: Sequence[int], out: Tensor) -> None:
+def fold(
+    kept: Sequence[Tensor], layer_of: Sequence[int], seeds: Sequence[int], out: Tensor, cache: dict
+) -> None:
     """Sketch what is kept of parameters of one dtype again, and add it to `out`, see :meth:`Plan.fold`.
 
     Args:
         kept: each dense, in any order of dimensions.
         layer_of, seeds: of each; sorted by layer.
         out: float32, shape (L, k').
+        cache: where a backend keeps tables from one call to the next.
     """
     for x, layer, seed in zip(kept, layer_of, seeds, strict=True):
         flat = x.as_strided((x.numel(),), (1,)).float()

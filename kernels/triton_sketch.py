@@ -247,19 +247,26 @@ def constants(dtype: torch.dtype, update: bool, **variant: bool) -> dict:
     return chosen | {"BLOCK": BUCKETS, "TILE": TILE}
 
 
-def fold(kept: Sequence[Tensor], layer_of: Sequence[int], seeds: Sequence[int], out: Tensor) -> None:
+def fold(
+    kept: Sequence[Tensor], layer_of: Sequence[int], seeds: Sequence[int], out: Tensor, cache: dict
+) -> None:
     """See :func:`oscopt.kernels.sketch.fold`."""
-    dtype, device, buckets = kept[0].dtype, out.device, out.shape[1]
-    sizes = np.array([x.numel() for x in kept], np.int64)
-    tensor, start, stop = _cut(sizes, ROWS * buckets)
-    bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(len(out) + 1)).astype(np.int32)
-    seeds = np.array(seeds, np.int64) ^ FOLD
-    uploaded = (torch.from_numpy(x).to(device) for x in (addresses(kept), tensor, start, stop, seeds, bounds))
-    *tables, bounds = uploaded
-    partial = torch.empty((len(tensor), buckets), dtype=kept_dtype(dtype), device=device)
+    dtype, buckets = kept[0].dtype, out.shape[1]
+    where = addresses(kept)
+    key = dtype, buckets, where.tobytes()
+    if key not in cache:
+        sizes = np.array([x.numel() for x in kept], np.int64)
+        tensor, start, stop = _cut(sizes, ROWS * buckets)
+        bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(len(out) + 1)).astype(np.int32)
+        tables = where, tensor, start, stop, np.array(seeds, np.int64) ^ FOLD, bounds
+        cache[key] = [torch.from_numpy(x).to(out.device) for x in tables]
+    *tables, bounds = cache[key]
+    tiles = len(tables[1])
+    partial = torch.empty((tiles, buckets), dtype=kept_dtype(dtype), device=out.device)
     kinds = {"ELEMENT": _ELEMENT[dtype], "COMPUTE": _ELEMENT[kept_dtype(dtype)]}
-    gather_kernel[(len(tensor),)](*tables, partial, **kinds, BUCKETS=buckets, **SMALL_OPTIONS)
-    fold_kernel[(len(out),)](partial, bounds, out, out.stride(0), BUCKETS=buckets, **SMALL_OPTIONS)
+    if tiles:
+        gather_kernel[(tiles,)](*tables, partial, **kinds, BUCKETS=buckets, **SMALL_OPTIONS)
+        fold_kernel[(len(out),)](partial, bounds, out, out.stride(0), BUCKETS=buckets, **SMALL_OPTIONS)
 
 
 def _cut(sizes: np.ndarray, pieces: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from torch import Tensor
 from . import kernels, measures
 from .adapt import Adapter
 from .distributed import Ranks, bare, copyable, describe, is_dtensor, piece
-from .history import MEASURED, History
+from .history import MEASURED, RECORDED, History, packed
 from .kernels import sketch
 from .layers import members
 from .recorder import Recorder
@@ -170,7 +171,14 @@ class Engine:
         self.backend = "+".join(dict.fromkeys(module.NAME for module in self.backends.values()))
         self._every = every
         self.history = history
+        if history.sketches and not self._sketch:
+            raise ValueError(
+                f"history was made with sketches={history.sketches}, but measure={measure!r} takes none; use "
+                "measure='sketch', or a History without sketches"
+            )
         history.add_layers(self.layer_names, edited=edited)
+        if history.sketches:
+            history.sketch_with(self._layer_seeds())
         history.follow(None if recorder is None else recorder.collect)
         self._record = history if recorder is None else recorder
         self.device = next(iter(devices), torch.device("cpu"))
@@ -196,6 +204,14 @@ class Engine:
         self._rates: dict[tuple[float, ...], np.ndarray] = {}
         self._adapter = adapter
         self.windows: list[Window] = []
+
+    def _layer_seeds(self) -> dict[str, int]:
+        """What tells whether two sketches of a layer were made in the same way."""
+        seeds: dict[str, list[int]] = {name: [] for name in self.layer_names}
+        for slot in self.slots:
+            if slot.home >= 0:
+                seeds[self.layer_names[slot.home]] += [slot.seed, slot.param.numel()]
+        return {name: zlib.crc32(str(values).encode()) for name, values in seeds.items()}
 
     @property
     def untouched(self) -> bool:
@@ -484,12 +500,13 @@ class Engine:
                     part.masked_fill_(changed, torch.nan)
             self._last_row = row
             if adapter is not None:
-                row[MEASURED:].copy_(torch.stack([adapter.scale, adapter.used]))
+                row[MEASURED : len(RECORDED)].copy_(torch.stack([adapter.scale, adapter.used]))
             if self._recorder is None:
                 rates = self._layer_lr(lr), self._layer_lr(prev_lr)
             else:
                 rates = self._recorder.layer_rates()
-            self._record.commit(step, *rates, self._finish(row, before, rates))
+            vectors = self._vectors(plans, prevs) if self.history.sketches else None
+            self._record.commit(step, *rates, self._finish(row, vectors, before, rates))
         if twice:
             self.history.settle()
             self._run(plans, (grads, None, bufs, None, rows), hyper, None)
@@ -508,8 +525,7 @@ class Engine:
         self._kept = []
         if (step + 1) % self._every == 0 and self.slots:
             row = self._record.next_row(self.device)
-            row[:MEASURED] = torch.nan
-            row[MEASURED:] = 1.0
+            row.fill_(torch.nan)[MEASURED : len(RECORDED)] = 1.0
             rates = (
                 (self._layer_lr(lr), self._layer_lr(prev_lr))
                 if self._recorder is None
@@ -556,25 +572,46 @@ class Engine:
             if out is not sums:
                 sums += out.to(sums.device)
 
-    def _finish(self, row: Tensor, before: Tensor | None, rates: tuple) -> partial | None:
+    def _vectors(self, plans, prevs) -> Tensor:
+        """The sketch of each layer's gradient that the record takes: float32, (L, k')."""
+        shape = (len(self.layer_names), self.history.sketches)
+        vectors = torch.zeros(shape, device=self.device)
+        for index, plan in plans:
+            there = torch.empty(shape, device=plan.device)
+            plan.fold(kernels.pick(prevs, index), there)
+            vectors += there.to(self.device)
+        return vectors
+
+    def _finish(self, row: Tensor, vectors: Tensor | None, before: Tensor | None, rates: tuple) -> partial | None:
         """Bring the ranks' sums together and finish the row; what of it is left for later, if any."""
+        sums = row[: self._sums]
         if self.ranks is None:
-            return self._complete(row, before, rates)
-        return partial(self._settle, self.ranks.reduce(row[: self._sums]), row, before, rates)
+            return self._complete(row, sums, vectors, before, rates)
+        if vectors is None:
+            return partial(self._settle, self.ranks.reduce(sums), row, sums, None, before, rates)
+        sums = torch.cat([sums, vectors.T])
+        work = self.ranks.reduce(sums)
+        vectors = sums[self._sums :].T
+        return partial(self._settle, work, row, sums[: self._sums], vectors, before, rates)
 
-    def _settle(self, work: Any, row: Tensor, before: Tensor | None, rates: tuple) -> None:
+    def _settle(self, work: Any, *rest: Any) -> None:
         self.ranks.wait(work)
-        self._complete(row, before, rates)
+        self._complete(*rest)
 
-    def _complete(self, row: Tensor, before: Tensor | None, rates: tuple) -> None:
+    def _complete(
+        self, row: Tensor, sums: Tensor, vectors: Tensor | None, before: Tensor | None, rates: tuple
+    ) -> None:
         """What follows once the sums are those of all ranks. `before`: the row of the last step."""
+        if vectors is not None:
+            row[len(RECORDED) :].copy_(packed(vectors.float()))
+            row[: self._sums].copy_(sums)
         if before is not None:
             # The last gradient has been written to where its norm is no longer what it was.
             if row.device.type == "cpu":  # the same with a tenth of the time per operation
-                sums, norm = row.numpy(), before[1].numpy()
-                written = abs(sums[3] - norm) > _ROUNDING * norm
+                values, norm = row.numpy(), before[1].numpy()
+                written = abs(values[3] - norm) > _ROUNDING * norm
                 if written.any():
-                    sums[np.ix_([0, 2, 3], written)] = np.nan
+                    values[np.ix_([0, 2, 3], written)] = np.nan
             else:
                 written = (row[3] - before[1]).abs_() > _ROUNDING * before[1]
                 row[:1].masked_fill_(written, torch.nan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ MEASURED = len(RECORDED) - 2
 """Of these, how many are measured; the others are settings."""
 _HOST = ("lr", "prev_lr")
 _FORMAT = 2
+_SKETCHES = tuple(1 << i for i in range(4, 11))
 _BLOCK = 256  # steps that gather on the device before they move to the host, or fewer: a quarter of `limit`
 
 
@@ -44,15 +45,22 @@ class History:
             stays exact; `steps` tells which. A step of L layers takes 72 L + 16 bytes, and 16 L more where
             learning rates change; time a step does not depend on T. None: no limit. :meth:`stream_to` keeps
             every step on disk.
+        sketches: how many floats are kept of every layer's gradient, for the correlation of any two steps
+            (:meth:`pairwise`, :meth:`lagged_correlation`) with a standard error of at most 1 / sqrt(sketches); 4 bytes
+            each and step. Needs ``measure="sketch"``. None: none are.
 
     Raises:
-        ValueError: `limit` is less than 512.
+        ValueError: `limit` is less than 512, or `sketches` is no power of two from 16 to 1024.
     """
 
-    def __init__(self, limit: int | None = 32_768) -> None:
+    def __init__(self, limit: int | None = 32_768, sketches: int | None = None) -> None:
         if limit is not None and limit < 2 * _BLOCK:
             raise ValueError(f"Invalid limit: {limit}; use at least {2 * _BLOCK} steps, or None")
+        if sketches is not None and sketches not in _SKETCHES:
+            raise ValueError(f"Invalid sketches: {sketches!r}; use one of {', '.join(map(str, _SKETCHES))}")
         self._limit = limit
+        self._sketches = sketches
+        self._seeds: dict[str, int] = {}  # of the layers' sketches
         self._size = _BLOCK if limit is None else min(_BLOCK, limit // 4)  # steps in a block
         self._layer_names: tuple[str, ...] = ()
         self._current: tuple[str, ...] = ()  # the layers that rows are of now
@@ -91,6 +99,31 @@ class History:
         last = self._arriving or (self._blocks[-1] if self._blocks else None)
         return int(last.steps[-1]) + 1 if last is not None else 0
 
+    @property
+    def sketches(self) -> int | None:
+        """How many floats are kept of each layer's gradient, if any."""
+        return self._sketches
+
+    @property
+    def rows(self) -> int:
+        """Of what :meth:`next_row` gives."""
+        return len(RECORDED) + (self._sketches or 0) // 2
+
+    def sketch_with(self, seeds: Mapping[str, int]) -> None:
+        """From now on sketches are made with `seeds`, one a layer.
+
+        Raises:
+            ValueError: those so far were made with others, or by another version.
+        """
+        for layer, seed in seeds.items():
+            if self._seeds.get(layer, seed) != seed:
+                raise ValueError(
+                    f"history holds sketches of layer {layer!r} that were made in another way (of parameters of "
+                    "other names, other pieces of them, or by another version of oscopt), so they cannot be "
+                    "compared with new ones; give a new History(sketches=...)"
+                )
+        self._seeds |= seeds
+
     def add_layers(self, names: Sequence[str], *, edited: bool = False) -> None:
         """From now on rows are of the layers `names`. Those that are new are NaN so far, others from now on.
 
@@ -121,16 +154,16 @@ class History:
     def next_row(self, device: torch.device) -> Tensor:
         """Where the next step's :data:`RECORDED` go: float64, shape (9, L), on `device`.
 
-        The sums in it are zeros, the scales ones.
+        The sums in it are zeros, the scales ones. With `sketches`, they follow, as :func:`packed` has them.
         """
         if self._block is not None and (len(self._steps) == self._size or self._block.device != device):
             self._close_block()
         self.settle()
         if self._block is None:
             self._make_room()
-            shape = (self._size, len(RECORDED), len(self._current))
+            shape = (self._size, self.rows, len(self._current))
             self._block = torch.zeros(shape, dtype=torch.float64, device=device)
-            self._block[:, MEASURED:] = 1.0  # scales
+            self._block[:, MEASURED : len(RECORDED)] = 1.0  # scales
         return self._block[len(self._steps)]
 
     def commit(
@@ -215,7 +248,7 @@ class History:
         ordinals = np.arange(self._count + first, self._count + len(self._steps))
         sums = self._block[first : len(self._steps)]
         if self._columns is not None:
-            sums, given = sums.new_full((count, len(RECORDED), width), np.nan), sums
+            sums, given = sums.new_full((count, self.rows, width), np.nan), sums
             sums[..., self._columns] = given
         return _Block(np.array(self._steps[first:], np.int64), ordinals, sums, rates)
 
@@ -383,6 +416,13 @@ class History:
         cos = measures.correlation(self.alignment.sum(1), self.sq_norm.sum(1), self.momentum_sq_norm.sum(1))
         return cos if window is None else self._trailing_mean(cos[:, None], window)[:, 0]
 
+    def global_correlation_stderr(self) -> np.ndarray:
+        """Standard error of :meth:`global_correlation` where it is estimated, else 0: float64, shape (T,)."""
+        product = self.sq_norm * self.prev_sq_norm
+        variance = np.where(product == 0, 0.0, self.correlation_stderr**2 * product)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.sqrt(variance.sum(1) / (self.sq_norm.sum(1) * self.prev_sq_norm.sum(1)))
+
     def curvature(self) -> np.ndarray:
         """Directional curvature kappa_t along the step from t - 1 to t: float64, shape (T, L).
 
@@ -393,6 +433,97 @@ class History:
     def smoothness(self) -> np.ndarray:
         """Directional smoothness along the step from t - 1 to t: float64, shape (T, L)."""
         return measures.smoothness(self.diff_sq_norm, self.prev_sq_norm, self.prev_step_size)
+
+    def pairwise(
+        self, layer: str | None = None, steps: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The correlation of any two steps' gradients, from their sketches, and its standard error.
+
+        Args:
+            layer: the layer's name; None: all layers together.
+            steps: numbers of T steps. Default: all that are held; T^2 numbers are returned.
+
+        Returns:
+            Two arrays, float64, shape (T, T), symmetric; the diagonals are 1 and 0. NaN where a norm is 0 or not finite.
+
+        Raises:
+            ValueError: there are no sketches, or a step is not held: it was thinned out, not measured or not taken.
+            KeyError: there is no such layer.
+        """
+        held = self.steps
+        steps = held if steps is None else np.asarray(steps, np.int64)
+        places = np.searchsorted(held, steps)
+        found = places < len(held)
+        found[found] = held[places[found]] == steps[found]
+        if not found.all():
+            raise ValueError(
+                f"step {steps[~found][0]} is not in the history: it was thinned out, not measured or not taken; "
+                "`steps` has those that are there"
+            )
+        correlation, stderr = self._estimates(layer, places, lambda v: v @ v.T, lambda n: n[:, None] * n)
+        known = np.isfinite(correlation.diagonal())
+        correlation[np.diag_indices(len(steps))] = np.where(known, 1.0, np.nan)
+        stderr[np.diag_indices(len(steps))] = np.where(known, 0.0, np.nan)
+        return correlation, stderr
+
+    def lagged_correlation(self, lag: int, layer: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The correlation of each step's gradient with that of `lag` steps before, and its standard error.
+
+        Args:
+            lag: at least 1.
+            layer: the layer's name; None: all layers together.
+
+        Returns:
+            Two arrays, float64, shape (T,); NaN where the earlier step is not held.
+
+        Raises:
+            ValueError: there are no sketches, or `lag` is less than 1.
+            KeyError: there is no such layer.
+        """
+        if lag < 1:
+            raise ValueError(f"Invalid lag: {lag}; use a number of steps, 1 or more")
+        held = self.steps
+        later = np.flatnonzero(np.isin(held - lag, held))
+        earlier = np.searchsorted(held, held[later] - lag)
+        places, n = np.concatenate([earlier, later]), len(later)
+        both = self._estimates(layer, places, lambda v: (v[:n] * v[n:]).sum(1), lambda x: x[:n] * x[n:])
+        values = np.full((2, len(held)), np.nan)
+        values[:, later] = both
+        return values[0], values[1]
+
+    def _estimates(self, layer, places, products, outer) -> tuple[np.ndarray, np.ndarray]:
+        """Correlations and their standard errors of pairs of the steps at `places`.
+
+        `products` and `outer` pair up vectors, (n, k'), and numbers, (n,).
+        """
+        k = self._sketches
+        if k is None:
+            raise ValueError(
+                "the history holds no sketches; make the optimizer with measure='sketch' and "
+                "history=History(sketches=256)"
+            )
+        if layer is not None and layer not in self._layer_names:
+            raise KeyError(f"no layer {layer!r}; there are {', '.join(self._layer_names)}")
+        chosen = range(len(self._layer_names)) if layer is None else [self._layer_names.index(layer)]
+        sq_norms = self.sq_norm[places]
+        width, first = len(self._layer_names), len(RECORDED)
+        dot = variance = total = 0.0
+        blocks = self._all_blocks()
+        for i in chosen:
+            rows = [_widened(block.sums[:, first:], width)[:, :, i : i + 1] for block in blocks]
+            vectors = _unpacked(np.concatenate([np.zeros((0, k // 2, 1)), *rows]))[places, 0].astype(np.float64)
+            weight = outer(np.sqrt(sq_norms[:, i]))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+                cosine = np.clip(products(vectors), -1.0, 1.0)
+                rest = 1 - cosine * cosine
+                # A layer without a gradient adds nothing.
+                dot = dot + np.where(weight == 0, 0.0, weight * cosine * (1 + rest / (2 * k)))
+                variance = variance + np.where(weight == 0, 0.0, (weight * rest) ** 2 / k)
+            total = total + sq_norms[:, i]
+        norms = outer(np.sqrt(total))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.clip(dot / norms, -1.0, 1.0), np.sqrt(variance) / norms
 
     def drain(self) -> History:
         """What is new since the last call, as a history of its own; everything, the first time.
@@ -541,6 +672,18 @@ class History:
             **({"layer_names": np.array(self.layer_names, str)} if names else {}),
             **{name: np.ascontiguousarray(whole.sums[:, i]) for i, name in enumerate(RECORDED)},
             **whole.rates,
+            **self._sketch_arrays(whole),
+        }
+
+    def _sketch_arrays(self, whole: _Block) -> dict[str, np.ndarray]:
+        """The sketches, float32, (T, L, k'), and the seeds of the layers'; -1: a layer has none yet."""
+        if self._sketches is None:
+            return {}
+        seeds = [self._seeds.get(name, -1) for name in self._layer_names]
+        vectors = _unpacked(whole.sums[:, len(RECORDED) :])
+        return {
+            "sketches": vectors.reshape(len(whole), len(seeds), self._sketches),
+            "sketch_seeds": np.array(seeds, np.int64),
         }
 
     @classmethod
@@ -558,15 +701,25 @@ class History:
         for name in (*RECORDED, *_HOST):
             if data[name].shape != shape:
                 raise ValueError(f"{source} is damaged: {name!r} has shape {data[name].shape}, not {shape}")
-        history = cls()
-        if "limit" in data:
-            history = cls(None if data["limit"] < 0 else int(data["limit"]))
+        sketches = None
+        if "sketches" in data:
+            sketches = data["sketches"].shape[-1]
+            if data["sketches"].shape != (*shape, sketches) or data["sketch_seeds"].shape != shape[1:]:
+                raise ValueError(f"{source} is damaged: 'sketches' has shape {data['sketches'].shape}")
+        limit = int(data.get("limit", 32_768))
+        history = cls(None if limit < 0 else limit, sketches)
         history._layer_names = tuple(str(name) for name in data["layer_names"])
+        if sketches is not None:
+            seeds = zip(history._layer_names, data["sketch_seeds"].tolist(), strict=True)
+            history._seeds = {name: seed for name, seed in seeds if seed >= 0}
         history._count = int(data.get("count", count))
         history._drained = int(data.get("drained", -1))
         ordinals = np.asarray(data.get("ordinals", np.arange(count)), np.int64)
         if count:
             sums = np.stack([data[name] for name in RECORDED], axis=1)
+            if sketches is not None:
+                vectors = torch.from_numpy(np.asarray(data["sketches"], np.float32))
+                sums = np.concatenate([sums, packed(vectors).numpy()], axis=1)
             rates = {name: np.asarray(data[name]) for name in _HOST}
             block = _Block(np.asarray(data["steps"], np.int64), ordinals, sums, rates)
             history._blocks = [block.between(i, i + history._size) for i in range(0, count, history._size)]
@@ -609,7 +762,8 @@ class History:
         return blocks
 
     def _history_of(self, blocks: list[_Block]) -> History:
-        history = History(limit=None)
+        history = History(limit=None, sketches=self._sketches)
+        history._seeds = dict(self._seeds)
         history._layer_names, history._blocks = self._layer_names, list(blocks)
         history._held = sum(map(len, blocks))
         history._count = int(blocks[-1].ordinals[-1]) + 1 if blocks else 0
@@ -707,6 +861,7 @@ class _Block:
 def _joined(blocks: Sequence[_Block], width: int) -> _Block:
     """One block of `width` layers."""
     none = np.zeros(0, np.int64)
+    rows = blocks[0].sums.shape[1] if blocks else len(RECORDED)
     rates = {}
     for name in _HOST:
         parts = [block.rates[name] for block in blocks if len(block)]
@@ -718,7 +873,7 @@ def _joined(blocks: Sequence[_Block], width: int) -> _Block:
     return _Block(
         np.concatenate([none, *(block.steps for block in blocks)]),
         np.concatenate([none, *(block.ordinals for block in blocks)]),
-        np.concatenate([np.zeros((0, len(RECORDED), width)), *(_widened(b.sums, width) for b in blocks)]),
+        np.concatenate([np.zeros((0, rows, width)), *(_widened(b.sums, width) for b in blocks)]),
         rates,
         blocks[0].stride if blocks else 1,
     )
@@ -750,6 +905,18 @@ class _Folder:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("steps-????????.npz"))
+
+
+def packed(vectors: Tensor) -> Tensor:
+    """float32 (..., L, k') as float64 (..., k' / 2, L), two of them in the place of one: a record's row."""
+    pairs = vectors.unflatten(-1, (-1, 2)).transpose(-3, -2).contiguous()
+    return pairs.view(torch.float64).squeeze(-1)
+
+
+def _unpacked(rows: np.ndarray) -> np.ndarray:
+    """What :func:`packed` was given."""
+    pairs = np.ascontiguousarray(rows)[..., None].view(np.float32)
+    return np.moveaxis(pairs, -3, -2).reshape(*rows.shape[:-2], rows.shape[-1], 2 * rows.shape[-2])
 
 
 def _widened(rows: np.ndarray, width: int) -> np.ndarray:

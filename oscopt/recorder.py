@@ -85,9 +85,10 @@ class Recorder:
         self._count = torch.tensor(step).to(device)
         self._rates = torch.tensor(rates, dtype=torch.float64).to(device)
         self._before = self._rates.clone()
-        rows = len(RECORDED) + 2
+        self._rows = history.rows
+        rows = self._rows + 2
         self._row = torch.zeros((rows, num_layers), **options)
-        self._row[MEASURED:] = 1.0
+        self._row[MEASURED : len(RECORDED)] = 1.0
         steps = max(LEAST, min(_BYTES // (8 * rows * max(num_layers, 1)), MOST))
         self._ring = torch.zeros((steps, *self._row.shape), **options)
         self._history = history
@@ -155,7 +156,8 @@ class Recorder:
         return lr, prev_lr
 
     def next_row(self, device: torch.device) -> Tensor:
-        """Where the next step's :data:`oscopt.history.RECORDED` go: float64, (9, L), always the same.
+        """Where the next step's :data:`oscopt.history.RECORDED` go: float64, (9, L), always the same; as in
+        :meth:`oscopt.History.next_row`.
 
         Raises:
             RuntimeError: somebody else records into the history by now.
@@ -165,7 +167,7 @@ class Recorder:
                 "the history of this optimizer has been handed on to another one; give each its own"
             )
         self._row[:MEASURED].zero_()
-        return self._row[: len(RECORDED)]
+        return self._row[: self._rows]
 
     def commit(
         self, step: int, lr: Tensor, prev_lr: Tensor, settle: Callable[[], None] | None = None
@@ -176,7 +178,7 @@ class Recorder:
         """
         if settle is not None:
             settle()
-        self._row[len(RECORDED) :].copy_(torch.stack([lr, prev_lr]))
+        self._row[self._rows :].copy_(torch.stack([lr, prev_lr]))
         place = self._count.remainder(len(self._ring)).reshape(1)
         self._ring.index_copy_(0, place, self._row[None])
         self._count.add_(1)
@@ -216,7 +218,7 @@ class Recorder:
         steps = np.arange(count - kept, count)
         rows = self._ring[torch.from_numpy(steps % len(self._ring)).to(self._ring.device)].cpu().numpy()
         self._taken = count
-        self._history.extend(steps, rows[:, : len(RECORDED)], *np.moveaxis(rows[:, len(RECORDED) :], 1, 0))
+        self._history.extend(steps, rows[:, : self._rows], *np.moveaxis(rows[:, self._rows :], 1, 0))
 
 
 def _by_layer(values: Iterable[tuple[int, int]], num_layers: int) -> list[list[int]]:

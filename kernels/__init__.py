@@ -186,6 +186,7 @@ class Plan:
         backend: the backend's module, from :func:`backend`.
         scale_of: as :class:`BatchProtocol` has it.
         seeds: of the parameters' sketches; None: nothing is sketched.
+        align: whether `alignment` and `momentum_sq_norm` are taken where gradients are sketched.
     """
 
     def __init__(
@@ -197,11 +198,13 @@ class Plan:
         backend: ModuleType,
         scale_of: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
+        align: bool = True,
     ) -> None:
         from . import sketch, torch_backend
 
         scale_of = layer_of if scale_of is None else scale_of
         self._layer_of, self._seeds, self._backend = layer_of, seeds, backend
+        self._align = align or seeds is None
         self._folds: dict = {}  # what the backend keeps of one fold for the next
         groups: dict[tuple, list[int]] = {}
         for i in sorted(range(len(params)), key=layer_of.__getitem__):
@@ -216,7 +219,7 @@ class Plan:
         for (module, _, sketched), index in groups.items():
             values = (*(pick(v, index) for v in (params, layer_of)), num_layers, pick(scale_of, index))
             if sketched:
-                batch = sketching(module).Batch(*values, pick(seeds, index))
+                batch = sketching(module).Batch(*values, pick(seeds, index), align)
             else:
                 batch = module.Batch(*values)
             sums = sketch.SUMS if sketched else SUMS
@@ -241,6 +244,8 @@ class Plan:
                 target[sums:] = 0.0
             if n and out is not None:
                 out += target
+        if out is not None and not self._align:
+            out[4:6] = torch.nan
 
     def fold(self, kept: Sequence[Tensor], out: Tensor) -> None:
         """Sketch what is kept of each layer's gradients once more, to one vector a layer.

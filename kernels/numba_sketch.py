@@ -53,8 +53,11 @@ _WORD = 4 * _LANES  # elements that are sketched, then updated
 class Batch(numba_backend.Batch):
     """See :class:`oscopt.kernels.sketch.Batch`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds, align: bool = True
+    ) -> None:
         super().__init__(params, layer_of, num_layers, scale_of)
+        self._align = align
         self._kept_tag = np.zeros(1, _STORAGE[kept_dtype(params[0].dtype)])
         self._seeds = np.array(seeds, np.uint32)
         self._first = np.searchsorted(self._tensor, self._tensor)  # of its tensor's chunks
@@ -86,6 +89,7 @@ class Batch(numba_backend.Batch):
             self._seeds,
             self._share(threads),
             FORM.ahead,
+            self._align,
             self._tag,
             self._kept_tag,
             self._sketch_partials,
@@ -196,15 +200,15 @@ def _offset(first, seed, buckets):
 def _run(momentum, lanes):
     """`n` elements from number `first` of their tensor on, within one run: a whole number of words.
 
-    They are added to the buckets at the address `place`; their squares are summed, and with a momentum buffer
-    their products with it, and its squares.
+    They are added to the buckets at the address `place`; their squares are summed, and with a momentum buffer and
+    `align` their products with it, and its squares.
     """
     update, update_bounded = (_descend_momentum if momentum else _descend)(lanes), _descend_bounded(lanes)
     vectors = _WORD // lanes if lanes > 1 else 1
     word = vectors * lanes
 
     @njit(nogil=True)
-    def run(p, g, buf, place, first, n, seed, ahead, updated, row, tag, kept_tag):
+    def run(p, g, buf, place, first, n, seed, ahead, updated, align, row, tag, kept_tag):
         size, kept_size = _itemsize(tag), _itemsize(kept_tag)
         sq_norm, alignment, momentum_sq_norm = _zeros(lanes), _zeros(lanes), _zeros(lanes)
         bounded = momentum and row[6] < np.inf
@@ -232,8 +236,10 @@ def _run(momentum, lanes):
                     bits = _shifted(bits, 1)
                     a = _wide(values)
                     sq_norm = _fma(a, a, sq_norm)
-                    if momentum:
-                        b = _wide(_load(buf + at, tag, lanes))
+                if momentum and align:
+                    for j in range(vectors):
+                        at = (i + j * lanes) * size
+                        a, b = _wide(_load(g + at, tag, lanes)), _wide(_load(buf + at, tag, lanes))
                         alignment = _fma(a, b, alignment)
                         momentum_sq_norm = _fma(b, b, momentum_sq_norm)
                 if updated and not bounded:
@@ -255,7 +261,7 @@ def _runs(momentum):
     wide, narrow = _run(momentum, _LANES), _run(momentum, 1)
 
     @njit(nogil=True)
-    def runs(p, g, buf, twice, buckets, first, n, seed, ahead, row, tag, kept_tag):
+    def runs(p, g, buf, twice, buckets, first, n, seed, ahead, align, row, tag, kept_tag):
         sq_norm = alignment = momentum_sq_norm = 0.0
         size, kept_size, updated = _itemsize(tag), _itemsize(kept_tag), p != 0
         for start in range(0, n, buckets):
@@ -263,12 +269,11 @@ def _runs(momentum):
             count = min(n - start, buckets)
             words = count - count % _WORD
             at, number = start * size, first + start
-            a = wide(
-                p + at, g + at, buf + at, place, number, words, seed, ahead, updated, row, tag, kept_tag
-            )
+            given = (updated, align, row, tag, kept_tag)
+            a = wide(p + at, g + at, buf + at, place, number, words, seed, ahead, *given)
             place += words * kept_size
             at, number, count = at + words * size, number + words, count - words
-            b = narrow(p + at, g + at, buf + at, place, number, count, seed, 0, updated, row, tag, kept_tag)
+            b = narrow(p + at, g + at, buf + at, place, number, count, seed, 0, *given)
             sq_norm += a[0] + b[0]
             alignment += a[1] + b[1]
             momentum_sq_norm += a[2] + b[2]
@@ -311,13 +316,13 @@ def _keep(new, old, stretch, kept_tag):
 
 
 @njit(nogil=True, cache=True)
-def _chunk(p, g, kept, buf, twice, first, n, seed, ahead, row, scale, bound, tag, kept_tag):
+def _chunk(p, g, kept, buf, twice, first, n, seed, ahead, align, row, scale, bound, tag, kept_tag):
     """Sketch and update `n` elements from number `first` on, at the addresses `p`, `g`, `buf`; 0: there is none."""
     scalars = _scalars(row, scale, bound, buf != 0, tag)
     if buf == 0:
-        sums = _plain(p, g, buf, twice, BUCKETS, first, n, seed, ahead, scalars, tag, kept_tag)
+        sums = _plain(p, g, buf, twice, BUCKETS, first, n, seed, ahead, align, scalars, tag, kept_tag)
     else:
-        sums = _momentum(p, g, buf, twice, BUCKETS, first, n, seed, ahead, scalars, tag, kept_tag)
+        sums = _momentum(p, g, buf, twice, BUCKETS, first, n, seed, ahead, align, scalars, tag, kept_tag)
     sq_norm, alignment, momentum_sq_norm = sums
     buckets_sq_norm = _halves(twice, BUCKETS, kept_tag)
     stretch = np.sqrt(sq_norm / buckets_sq_norm) if sq_norm != 0 else 0.0
@@ -348,6 +353,7 @@ def _step(
     seeds,
     share,
     ahead,
+    align,
     tag,
     kept_tag,
     partials,
@@ -372,6 +378,7 @@ def _step(
                 stop[c] - start[c],
                 seeds[k],
                 ahead,
+                align,
                 hyper[rows[k] if p.size else 0],
                 scale[entry] if scale.size and entry >= 0 else 1.0,
                 bound[entry] if bound.size and entry >= 0 else np.inf,
@@ -380,7 +387,7 @@ def _step(
             )
             for s in range(7):
                 partials[c, s] = sums[s]
-    _reduce(partials, bounds, True, buf.size > 0, out)
+    _reduce(partials, bounds, True, align and buf.size > 0, out)
     for layer in range(out.shape[1]):  # no matter whether there is a momentum
         total = 0.0
         for c in range(bounds[layer], bounds[layer + 1]):
@@ -396,6 +403,6 @@ def _fold(kept, sizes, seeds, bounds, tag, kept_tag, out):
         none = _scalars(np.zeros(6), 1.0, np.inf, False, tag)
         for k in range(bounds[layer], bounds[layer + 1]):
             seed = seeds[k] ^ np.uint32(FOLD)
-            _plain(0, kept[k], 0, twice.ctypes.data, count, 0, sizes[k], seed, 0, none, tag, kept_tag)
+            _plain(0, kept[k], 0, twice.ctypes.data, count, 0, sizes[k], seed, 0, False, none, tag, kept_tag)
         for i in range(count):
             out[layer, i] += twice[i] + twice[count + i]

@@ -164,9 +164,12 @@ def inner_products(kept: Tensor) -> Tensor:
 
 class Batch(torch_backend.Batch):
     """As :class:`oscopt.kernels.BatchProtocol`, of parameters that are sketched: `prevs[i]` is what is kept of
-    the last gradient, and is always overwritten with what is kept of this one."""
+    the last gradient, and is always overwritten with what is kept of this one.
+    `align`: False: `alignment` and `momentum_sq_norm` are not needed."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds, align: bool = True
+    ) -> None:
         super().__init__(params, layer_of, num_layers, scale_of)
         self._seeds = seeds
 

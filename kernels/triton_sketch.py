@@ -200,7 +200,9 @@ def fold_kernel(
 class Batch(triton_backend.Batch):
     """See :class:`oscopt.kernels.sketch.Batch`."""
 
-    def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds, align: bool = True
+    ) -> None:
         super().__init__(params, layer_of, num_layers, scale_of)
         sizes = np.array([p.numel() for p in params], np.int64)
         of_chunk, first, last = _cut(sizes, [chunk_size(size) for size in sizes.tolist()])

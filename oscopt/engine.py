@@ -775,6 +775,8 @@ class Engine:
                         self.backends[device],
                         [self._scale_of[i] for i in index],
                         [self.slots[i].seed for i in index] if self._sketch else None,
+                        # It costs the CPU as much as the sketch does.
+                        self._adapter is not None,
                     ),
                 )
                 for (_, device), index in calls.items()

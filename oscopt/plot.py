@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLUMNS = 800  # of a heatmap: more than a screen shows
+_STEPS, _RUN = 400, 8  # of a recurrence plot, and how many of them are neighbours
 
 
 def plot_correlation(history: History, window: int | None = 5, ax: Axes | None = None, **line: Any) -> Axes:
@@ -124,6 +125,71 @@ def plot_matrix(window: Window, layer: str | None = None, ax: Axes | None = None
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.figure.colorbar(image, ax=ax, label="correlation")
+    return ax
+
+
+def plot_recurrence(
+    history: History, layer: str | None = None, ax: Axes | None = None, marks: Sequence[int] = ()
+) -> Axes:
+    """The correlations of all pairs of steps of a run, from their sketches, in colours.
+
+    Oscillation is a checkerboard, phases are blocks. Of more than 400 steps neighbours are drawn, in runs of 8 that
+    are spread evenly: single steps that far apart would not show an oscillation.
+
+    Args:
+        layer: the layer's name; None: all layers together.
+        marks: steps to mark on both axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the history holds no steps, or no sketches.
+        KeyError: there is no such layer.
+    """
+    if not len(history):
+        raise ValueError("the history holds no steps yet; there is nothing to draw")
+    steps = history.steps
+    if len(steps) > _STEPS:
+        first = np.linspace(0, len(steps) - _RUN, _STEPS // _RUN).astype(int)
+        steps = steps[(first[:, None] + np.arange(_RUN)).ravel()]
+    image, _ = history.pairwise(layer, steps)
+    ax = _axes(ax)
+    drawn = ax.imshow(image, cmap=_colormap("RdBu_r").with_extremes(bad="0.8"), vmin=-1, vmax=1)
+    places = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 7)).astype(int))
+    for set_ticks in (ax.set_xticks, ax.set_yticks):
+        set_ticks(places, [str(step) for step in steps[places]])
+    for mark in marks:
+        at = np.searchsorted(steps, mark)
+        ax.axhline(at, color="black", lw=0.6, ls=":")
+        ax.axvline(at, color="black", lw=0.6, ls=":")
+    ax.set(title=layer or "all layers", xlabel="step", ylabel="step")
+    ax.figure.colorbar(drawn, ax=ax, label="correlation")
+    return ax
+
+
+def plot_lags(
+    history: History, lags: Sequence[int] = range(1, 17), layer: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """How gradients correlate with those of so many steps before: the median over the run, and its quartiles.
+
+    A period of 2 is a zigzag; how far the curve stays above 0 is how long gradients remember.
+
+    Args:
+        lags: numbers of steps.
+        layer: the layer's name; None: all layers together.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the history holds no sketches, or a lag is less than 1.
+        KeyError: there is no such layer.
+    """
+    found = [history.lagged_correlation(lag, layer)[0] for lag in lags]
+    known = [mu[np.isfinite(mu)] for mu in found]
+    quartiles = np.array([np.quantile(mu, (0.25, 0.5, 0.75)) if len(mu) else (np.nan,) * 3 for mu in known])
+    ax = _axes(ax)
+    ax.fill_between(list(lags), quartiles[:, 0], quartiles[:, 2], alpha=0.25, lw=0)
+    ax.plot(list(lags), quartiles[:, 1], marker="o", ms=3)
+    ax.axhline(0.0, color="0.6", lw=0.8, zorder=0)
+    ax.set(title=layer or "all layers", xlabel="lag, steps", ylabel="correlation", ylim=(-1.05, 1.05))
     return ax
 
 

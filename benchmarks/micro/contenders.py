@@ -66,13 +66,16 @@ def _read(params, grads):
     return lambda: torch.dot(a, b), lambda: []
 
 
-def _monitor(params, grads):
-    optimizer = torch.optim.SGD(params, lr=LR, fused=True)
-    names = [(f"layer{i}.weight", p) for i, p in enumerate(params)]
-    monitor = OscMonitor(optimizer, names)
-    return optimizer.step, lambda: [
-        t for state in monitor.state_dict()["state"].values() for t in _tensors(state)
-    ]
+def _monitor(**options):
+    def build(params, grads):
+        optimizer = torch.optim.SGD(params, lr=LR, fused=True)
+        names = [(f"layer{i}.weight", p) for i, p in enumerate(params)]
+        monitor = OscMonitor(optimizer, names, **options)
+        return optimizer.step, lambda: [
+            t for state in monitor.state_dict()["state"].values() for t in _tensors(state)
+        ]
+
+    return build
 
 
 def _tensors(state: dict[str, Any]) -> list[Tensor]:
@@ -156,8 +159,17 @@ def contenders(backends: Sequence[str], *, compiled: bool = True) -> list[Conten
             own=1,
             base=BASE_MOMENTUM,
         ),
+        Contender("oscgd sketch", _optimizer(OscGD, measure="sketch", **fastest), 3),
+        Contender(
+            "oscgd sketch momentum",
+            _optimizer(OscGD, measure="sketch", **momentum, **fastest),
+            5,
+            own=1,
+            base=BASE_MOMENTUM,
+        ),
         Contender("oscgd adapt", _optimizer(OscGD, adapt="auto", **fastest), 6, own=1, base=with_momentum),
-        Contender("sgd fused + monitor", _monitor, 5),
+        Contender("sgd fused + monitor", _monitor(), 5),
+        Contender("sgd fused + sketching monitor", _monitor(measure="sketch"), 4),
         Contender("sgd + cosine_similarity loop", _with_loop(_cosine_loop), 7, own=1),
         Contender("sgd + dot, norm loop", _with_loop(_dot_loop), 9, own=1),
         Contender("sgd + foreach", _with_loop(_foreach_loop), 11, own=3),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from oscopt import kernels, monitor, optimizer, recorder
-from oscopt.kernels import triton_backend
+from oscopt.kernels import triton_backend, triton_sketch
 
 
 class FakeGraph:
@@ -35,8 +35,9 @@ class FakeGraph:
         with self._patch.context() as patch:
             for module in (kernels, monitor, optimizer, recorder, triton_backend):
                 patch.setattr(module, "capturing", lambda device: True)
-            for name in ("step_kernel", "reduce_kernel"):
-                patch.setattr(triton_backend, name, _Launches(getattr(triton_backend, name), self._work))
+            for module in (triton_backend, triton_sketch):
+                for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                    patch.setattr(module, name, _Launches(getattr(module, name), self._work))
             patch.setattr(kernels.Plan, "step", self._noting(kernels.Plan.step))
             with _Operations(self._work):
                 yield self

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from oscopt import OscGD, OscMonitor
+from oscopt import History, OscGD, OscMonitor
 from oscopt.adapt import CosineStep
 from oscopt.kernels import SUMS
 
@@ -165,6 +165,32 @@ def fsdp_in_mixed_precision(rank, world):
     for t in range(1, 5):
         before, now = (torch.cat(seen[i][-2:]) for i in (t - 1, t))
         assert abs(optimizer.history.correlation()[t, -1] - before @ now / before.norm() / now.norm()) < 1e-6
+
+
+def fsdp_sketched(rank, world):
+    """Each rank sketches its pieces: within five standard errors of one process that measures exactly."""
+
+    def large() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 3000), nn.ReLU(), nn.Linear(3000, 3))
+
+    model, alone, history = fully_shard(large()), large(), History(sketches=256)
+    options = {"lr": LR, "backend": "torch"}
+    optimizer = OscGD(model.named_parameters(), measure="sketch", history=history, **options)
+    train(model, optimizer, 6, mine(rank, world))
+    reference = OscGD(alone.named_parameters(), **options)
+    train(alone, reference, 6)
+    error = np.abs(history.correlation() - reference.history.correlation())[1:]
+    stderr = history.correlation_stderr[1:]
+    assert (stderr[:, 0] > 0).all() and (error <= 5 * stderr + 1e-5).all()
+    mu, stderr = history.pairwise()
+    adjacent = reference.history.global_correlation()[1:]
+    assert (np.abs(np.diag(mu, 1) - adjacent) <= 5 * np.diag(stderr, 1) + 1e-5).all()
+    everyone: list = [None] * world
+    dist.all_gather_object(everyone, [history.correlation(), history.correlation_stderr, mu])
+    for other in everyone:
+        for a, b in zip(everyone[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def fsdp_windows(rank, world):
@@ -390,6 +416,7 @@ def load(rank, world, folder):
 
 
 EVERYWHERE = [ddp, fsdp, fsdp_with_reused_gradients, fsdp_in_mixed_precision, fsdp_windows]
+EVERYWHERE += [fsdp_sketched]
 EVERYWHERE += [monitored, tensor_parallel_shard_and_replicate, sequence_parallel, one_reduction_a_step]
 EVERYWHERE += [adapted, disagreements, added_groups, group_that_is_gone]
 CASES = [(2, f) for f in EVERYWHERE] + [(4, f) for f in (ddp, fsdp, monitored, hybrid, added_groups)]

@@ -32,7 +32,7 @@ _PLAIN = ("measure", "measure+copy", "update")
 _MOMENTUM = ("measure+momentum", "measure+momentum+copy", "align+momentum", "update+momentum")
 VARIANTS = (
     *(f"{name}{scaled}" for name in (*_PLAIN, *_MOMENTUM) for scaled in ("", "+scaled")),
-    *(f"{name}{scaled}+bounded" for name in _MOMENTUM for scaled in ("", "+scaled")),
+    *(f"{name}+scaled+bounded" for name in _MOMENTUM),
     *("monitor", "monitor+copy"),
 )
 """Names of the variants of the step kernel: what it does, joined by "+". "measure" is against the last

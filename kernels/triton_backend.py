@@ -341,6 +341,7 @@ class Batch:
         self._scale_of = self._upload(np.array(layer_of if scale_of is None else scale_of, np.int32))
         bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
         self._bounds = self._upload(bounds.astype(np.int32))
+        self._ones = self._upload(np.ones(num_layers))
         self._partials = torch.empty((len(tensor), len(SUMS)), dtype=torch.float64, device=self._device)
         self._tables: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._spares: list[tuple[Tensor, Tensor]] = []  # on the host and on the device
@@ -368,6 +369,9 @@ class Batch:
                     for uploaded in (self._rows[1], self._hyper[1]):
                         self._captured[id(uploaded)] = (uploaded,)
             momentum = bufs is not None and any(b is not None for b in bufs)
+            bounded = momentum and hyper is not None and bound is not None
+            if bounded and scale is None:
+                scale = self._ones  # saves a variant to compile: who bounds steps scales them, too
             chosen = constants(
                 self._dtype,
                 update=hyper is not None,
@@ -376,7 +380,7 @@ class Batch:
                 momentum=momentum,
                 copy=pair and copies is not None,
                 scaled=scale is not None,
-                bounded=momentum and hyper is not None and bound is not None,
+                bounded=bounded,
             )
             step_kernel[(len(self._tensor),)](
                 pointers,

@@ -237,7 +237,8 @@ class AlignedStep(_Rule):
     For a layer of n elements, with b the momentum buffer and c = `bound`::
 
         b_t = beta b_{t-1} + g_t,   p -= lr (rho_t clip(b_t / (c sigma_t), -1, 1) + weight decay)
-        log rho_{t+1} = log rho_t + kappa cos(g_t, b_{t-1}) - pull max(log rho_t - log rho_1, 0)
+        log rho_{t+1} = log rho_t + kappa cos(g_t, b_{t-1}) - pull max(log rho_t - log rho_1, 0),
+        but at least log(floor rho_1)
         sigma_{t+1}^2 = max(mean of ||g_i||^2 over i <= t, ||g_t||^2) / (n (1 - beta^2)),   sigma_1 = 0
 
     sigma is the deviation that an element of b has where gradients are noise of that size. So no element
@@ -253,6 +254,7 @@ class AlignedStep(_Rule):
         kappa: how fast rho follows, not negative; 0: not at all.
         pull: the part of log rho above its start that a step takes back, in (0, 1): rho stays below
             exp(kappa / pull) times its start.
+        floor: the part of its start below which rho does not fall, in (0, 1).
         bound: c, greater than 0; in noise, elements beyond c standard deviations are cut.
         momentum: beta, in (0, 1).
     """
@@ -260,6 +262,7 @@ class AlignedStep(_Rule):
     start: float = 0.005
     kappa: float = 0.2
     pull: float = 0.05
+    floor: float = 0.1
     bound: float = 0.3
     momentum: float = 0.9
 
@@ -270,10 +273,11 @@ class AlignedStep(_Rule):
         _check_positive("bound", self.bound)
         if not (self.kappa >= 0 and math.isfinite(self.kappa)):
             raise ValueError(f"Invalid kappa: {self.kappa}; it must be finite and not negative")
-        if not 0 < self.pull < 1:
-            raise ValueError(f"Invalid pull: {self.pull}; use a number between 0 and 1")
-        if not 0 < self.momentum < 1:
-            raise ValueError(f"Invalid momentum: {self.momentum}; use a number between 0 and 1")
+        for name in ("pull", "floor", "momentum"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"Invalid {name}: {getattr(self, name)}; use a number between 0 and 1")
+        if self.bounds is None:
+            self.bounds = (self.floor * self.start, math.inf)
 
     def __call__(self, measured: Measured) -> Decision:
         norm = torch.where(measured.sq_norm > 0, measured.sq_norm, 0.0)  # NaN is not greater

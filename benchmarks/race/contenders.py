@@ -121,6 +121,7 @@ def ablations() -> list[Contender]:
         "kappa / 2": AlignedStep(kappa=rule.kappa / 2),
         "kappa x 2": AlignedStep(kappa=rule.kappa * 2),
         "pull / 10": AlignedStep(pull=rule.pull / 10),
+        "no floor": AlignedStep(floor=1e-9),
         "rho_1 / 10": AlignedStep(start=rule.start / 10),
         "rho_1 x 4": AlignedStep(start=rule.start * 4),
         "bound / 3": AlignedStep(bound=rule.bound / 3),

@@ -192,6 +192,7 @@ def aligned(gradient, x, sizes, steps, lr, rule, weight_decay=0.0):
         shrink = np.where(bound > 0, weight_decay, 0.0) * x
         x = x - lr(t) * rho[layers] * (direction + shrink)
         rho = rho * np.exp(rule.kappa * cos - rule.pull * np.maximum(np.log(rho / rule.start), 0.0))
+        rho = np.maximum(rho, rule.floor * rule.start)
         total = total + sums(g, g)
         sigma = np.sqrt(np.maximum(total / (t + 1), sums(g, g)) / np.array(sizes) / (1 - rule.momentum**2))
     return np.array(scales), x
@@ -741,7 +742,7 @@ def test_bad_cosine(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"start": 0.0}, {"kappa": -0.1}, {"pull": 0.0}, {"bound": 0.0}, {"momentum": 1.0}],
+    [{"start": 0.0}, {"kappa": -0.1}, {"pull": 0.0}, {"floor": 1.0}, {"bound": 0.0}, {"momentum": 1.0}],
     ids=str,
 )
 def test_bad_rule(options):

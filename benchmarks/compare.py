@@ -3,6 +3,7 @@
     python benchmarks/compare.py --quick
     python benchmarks/compare.py --seeds 0,1,2,3,4 --out runs/compare
     python benchmarks/compare.py --batch 128 --only cnn,resnet18
+    python benchmarks/compare.py --ablations --seeds 0,1
 
 Gradient descent's best rate is searched for on a 2x grid for every task and seed: the loss that it ends with
 is the target. What else is tuned is so on the first seed. Every finished run is a line of compare.csv in
@@ -44,12 +45,15 @@ def parser() -> Parser:
         "--contenders",
         type=name_list,
         metavar="NAME,...",
-        help="gd and these (default: all); 'auto': from all rates",
+        help="gd and these (default: all)",
     )
     p.add_argument("--seeds", type=integers, metavar="N,...", help="default: 0,1,2,3,4")
     p.add_argument("--batch", type=positive(int), metavar="N", help="samples in a step (default: all)")
     p.add_argument("--data-root", type=filled, metavar="DIR", help="where Fashion-MNIST is (default: data)")
     p.add_argument("--threads", type=threads, default=1, metavar="N", help="default: %(default)s")
+    p.add_argument(
+        "--ablations", action="store_true", help="the rule of 'auto' with one part changed each, instead"
+    )
     p.add_argument("--quick", action="store_true", help=QUICK)
     p.add_argument("--out", type=filled, default="runs/compare", metavar="DIR", help="default: %(default)s")
     return p
@@ -92,10 +96,10 @@ def chosen_contenders(options: argparse.Namespace) -> list:
     Raises:
         UserError: there is none of such a name.
     """
-    from race.contenders import BASE, contenders
+    from race.contenders import BASE, ablations, contenders
     from study.errors import UserError
 
-    found, absent = contenders()
+    found, absent = (ablations(), []) if options.ablations else contenders()
     if absent:
         print(f"left out, not installed: {', '.join(absent)} (pip install 'oscopt[compare]')")
     if options.contenders is None:
@@ -207,12 +211,13 @@ def _run(options: argparse.Namespace) -> int:
     tasks = chosen_tasks(options)
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2, 3, 4])
     out = writable_folder("--out", options.out)
+    stem = "ablations" if options.ablations else "compare"
     try:
-        results = Results(out / "compare.csv")
+        results = Results(out / f"{stem}.csv")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
     except (ValueError, KeyError, csv.Error) as error:
-        raise UserError(f"{out}/compare.csv is damaged ({error}); use another --out") from None
+        raise UserError(f"{out}/{stem}.csv is damaged ({error}); use another --out") from None
     torch.set_num_threads(options.threads)
     chosen = chosen_contenders(options)
     here = machine()
@@ -223,16 +228,16 @@ def _run(options: argparse.Namespace) -> int:
         for task in tasks:
             race.all(task, seed, chosen)
     for batch in results.batches():
-        name = "compare" if batch is None else f"compare-{batch}"
+        name = stem if batch is None else f"{stem}-{batch}"
         rows = results.chosen(batch)
         plot.draw(rows, out / name)
         text = table.markdown(rows)
         (out / f"{name}.md").write_text(text)
         if batch == options.batch:
             print("\n" + text)
-            print(f"files: {out}/compare.csv, {name}.md, {name}.png, {name}.svg")
+            print(f"files: {out}/{stem}.csv, {name}.md, {name}.png, {name}.svg")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(script(main, "interrupted; finished runs are in compare.csv"))
+    sys.exit(script(main, "interrupted; finished runs are in the .csv file"))

@@ -114,7 +114,10 @@ def chosen_contenders(options: argparse.Namespace, names: list[str]) -> list:
     wanted = list(options.contenders)
     if unknown := [name for name in wanted if name not in found]:
         raise UserError(f"--contenders: there is no {unknown[0]!r}; there are {', '.join(found)}")
-    wanted += [CEILING, BASE, *(found[name].base for name in wanted)]
+    wanted += [CEILING, BASE]
+    for name in wanted:  # grows: what one is compared with is compared as well
+        if found[name].base not in wanted:
+            wanted.append(found[name].base)
     return [c for name, c in found.items() if name in wanted]
 
 

@@ -112,8 +112,8 @@ class BatchProtocol(Protocol):
             out: float64 tensor of shape (6, num_layers), overwritten with :data:`SUMS`; None: update only.
             scale: float64 tensor of shape (num_layers,) on the parameters' device, by which each layer's `lr`
                 is multiplied; by `scale_of`; elsewhere it stays. None: ones.
-            bound: alike, not negative: bounds of the update, where there is a momentum buffer; infinite: none.
-                None: nowhere.
+            bound: alike, not negative: bounds the update where there is a momentum buffer; infinite: it does
+                not. None: nowhere.
         """
 
 

@@ -7,7 +7,8 @@ a policy for the scales after every measured step. A policy is a callable::
 
 that gets tensors of shape (L,) on the parameters' device and returns one, the new scales, all by tensor
 operations: no `.item()`, so that nothing waits for the device. One that remembers something returns it beside
-the scales, as a dict of tensors, and finds it in the next step's `measured.state`::
+the scales, as a dict of tensors, and finds it in the next step's `measured.state` (NaN there for a layer that
+came later, where a tensor has an entry a layer)::
 
     def smoothed(measured):
         mean = 0.9 * measured.state.get("mean", 0.0) + 0.1 * measured.correlation
@@ -23,12 +24,16 @@ shape. Attributes that it may have:
   one scale holds for all of them.
 * `bounds`: the least and the largest scale; default: None, no bounds.
 * `start`: the scale before the first change; default: 1.
+* `signal`: "gradient" (the default): a layer without a valid pair of gradients (the first step, a gradient
+  that is zero or not finite) keeps its scale, whatever the policy says of it; "momentum": a layer whose
+  gradient is zero or not finite does.
+* `momentum`: what the optimizer's is to be; default: the user's. A policy with one may bound the update, by a
+  third entry beside scales and state (:class:`Decision`).
 * `warmup`: measured steps before the first change; default: 0.
 * `capturable`: False: it does different things in different steps, by `measured.steps`, so that a CUDA graph
   cannot replay a step of it; default: True.
 
-A layer without a valid pair of gradients (the first step, a gradient that is zero or not finite) keeps its
-scale, whatever the policy says of it. The displacement and the curvature are those of plain gradient descent:
+The displacement and the curvature are those of plain gradient descent:
 with momentum or weight decay the rules are heuristics.
 """
 
@@ -39,21 +44,39 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import measures
+from .kernels import SUMS
 
 State = Mapping[str, Tensor]
 """What a policy remembers from one step to the next."""
 
-Policy = Callable[["Measured"], Tensor | tuple[Tensor, State]]
-"""The scales, or they and the new state."""
+
+class Decision(NamedTuple):
+    """What a policy decides for each layer.
+
+    Attributes:
+        scale: what the learning rate is multiplied by: shape (L,), finite and not negative.
+        state: what it wants to find in the next step's :attr:`Measured.state`; None: what it found in this.
+        bound: with b the momentum buffer, the update is -lr scale (clip(b / bound, -1, 1) + weight_decay p)
+            from the next step on, and none where the bound is 0: shape (L,), not negative. None: as it was.
+    """
+
+    scale: Tensor
+    state: State | None = None
+    bound: Tensor | None = None
+
+
+Policy = Callable[["Measured"], Tensor | tuple[Tensor, State] | Decision]
+"""What decides on the scales."""
 
 # Keys in the optimizer's first parameter group.
 _KEY, _USED, _SEEN, _REJECTED = "step_scale", "prev_step_scale", "steps_adapted", "scales_rejected"
+_BOUND = "step_bound"
 _OWN = "policy_"  # and what each of the policy's own begins with
 
 
@@ -62,7 +85,9 @@ class Measured:
     """What a step knows of each layer: float64 tensors of shape (L,), or (1,) for all layers together.
 
     Attributes:
-        dot, sq_norm, diff_sq_norm, prev_sq_norm: the sums of :data:`oscopt.kernels.SUMS`.
+        dot, sq_norm, diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm: the sums of
+            :data:`oscopt.kernels.SUMS`; the last two are NaN without momentum.
+        size: elements of the layer.
         scale: the scale that was in force when they were measured.
         lr: the learning rate that the new scale will multiply (as far as known: that of this step).
         prev_step: learning rate times scale of the last step, from x_{t-1} to x_t.
@@ -74,6 +99,9 @@ class Measured:
     sq_norm: Tensor
     diff_sq_norm: Tensor
     prev_sq_norm: Tensor
+    alignment: Tensor
+    momentum_sq_norm: Tensor
+    size: Tensor
     scale: Tensor
     lr: Tensor
     prev_step: Tensor
@@ -84,6 +112,11 @@ class Measured:
     def correlation(self) -> Tensor:
         """mu, in [-1, 1]; NaN where there is no valid pair."""
         return measures.correlation(self.dot, self.sq_norm, self.prev_sq_norm)
+
+    @cached_property
+    def alignment_correlation(self) -> Tensor:
+        """cos(g_t, b_{t-1}), in [-1, 1]; NaN without momentum, and where a norm is 0."""
+        return measures.correlation(self.alignment, self.sq_norm, self.momentum_sq_norm)
 
     @property
     def sharpness(self) -> Tensor:
@@ -198,107 +231,68 @@ class SecantStep(_Rule):
 
 
 @dataclass
-class SmoothnessStep(_Rule):
-    """Holds each layer's step at a fraction of what its gradient's change allows; ``adapt="auto"``.
+class AlignedStep(_Rule):
+    """Bounded momentum whose length follows how gradients align with it; ``adapt="auto"``.
 
-    With R = ||g_t - g_{t-1}|| / ||g_{t-1}||, the last step's size times the smoothness along it, of the layer
-    (R_l) and of all layers together (R_all)::
+    For a layer of n elements, with b the momentum buffer and c = `bound`::
 
-        s <- s clip(last step / this step / sqrt(size), 1/10, growth),   size = R_l R_all / target^2
+        b_t = beta b_{t-1} + g_t,   p -= lr (rho_t clip(b_t / (c sigma_t), -1, 1) + weight decay)
+        log rho_{t+1} = log rho_t + kappa cos(g_t, b_{t-1}) - pull max(log rho_t - log rho_1, 0),
+        but at least log(floor rho_1)
+        sigma_{t+1}^2 = max(mean of ||g_i||^2 over i <= t, ||g_t||^2) / (n (1 - beta^2)),   sigma_1 = 0
 
-    The noise of mini-batches makes R about sqrt(2) whatever the step is. So the first steps, and one in
-    `PERIOD` from then on, are short: R after these is noise alone. c = 2 (R_all^2 - 0.02) after short steps,
-    averaged and within [0, 1], says how noisy the gradients are, and::
+    sigma is the deviation that an element of b has where gradients are noise of that size. So no element
+    moves by more than lr rho, most of those of a layer move by just that, and a loss times any factor makes
+    the same steps. rho grows while gradients point along the momentum and shrinks where they oppose it, as
+    they do at the edge of stability; what it has above its start is forgotten, so that it does not drift in
+    noise. The first step only fills b. All that a step applies is known before it.
 
-        size = (1 - c) R_l R_all / target^2 + c R_all^2 / noisy^2
-
-    with the last R_all^2 averaged over a few steps: in noise all layers move together. `growth` is 2 (in
-    noise 1.5) until `size` passes 1/4 (in noise: until gradients oppose each other) for the first time,
-    `grow` from then on; where the norm of all gradients exceeds that of the last steps by a tenth, it is
-    one over that rise.
+    The optimizer's `lr` multiplies rho; 1 is right. Weight decay is decoupled: p -= lr rho weight_decay p.
 
     Args:
-        target: R that is held, greater than 0; a single curvature's edge of stability is 2.
-        noisy: R that is held where the gradients are noise.
-        grow: the most that a scale grows by in a step, greater than 1.
-        start: the first scale, of two short steps, in (0, 1]; ten times that comes next.
+        start: rho_1, the first scale, greater than 0.
+        kappa: how fast rho follows, not negative; 0: not at all.
+        pull: the part of log rho above its start that a step takes back, in (0, 1): rho stays below
+            exp(kappa / pull) times its start.
+        floor: the part of its start below which rho does not fall, in (0, 1).
+        bound: c, greater than 0; in noise, elements beyond c standard deviations are cut.
+        momentum: beta, in (0, 1).
     """
 
-    target: float = 1.0
-    noisy: float = 1.62
-    grow: float = 1.2
-    start: float = 0.01
-    bounds: tuple[float, float] | None = field(default=(1e-4, 1e6), kw_only=True)
+    start: float = 0.005
+    kappa: float = 0.2
+    pull: float = 0.05
+    floor: float = 0.1
+    bound: float = 0.3
+    momentum: float = 0.9
 
-    capturable = False
-
-    SHORT = 0.1
-    """A short step's part of a usual one: R^2 is a hundredth, which leaves only noise."""
-    PERIOD = 20
-    """Steps from one short step to the next where there is noise; five times that where there was none."""
-    CLEAN = 0.02
-    """R_all^2 after a short step that curvature alone explains."""
-    RISE = 1.21
-    """Of the squared norm of all gradients over the largest of late: more than that stops growth."""
+    signal = "momentum"
 
     def __post_init__(self) -> None:
-        _check_positive("target", self.target)
-        _check_positive("noisy", self.noisy)
-        if not (self.grow > 1 and math.isfinite(self.grow)):
-            raise ValueError(f"Invalid grow: {self.grow}; it must be finite and greater than 1")
-        if not 0 < self.start <= 1:
-            raise ValueError(f"Invalid start: {self.start}; use a scale in (0, 1]")
+        _check_positive("start", self.start)
+        _check_positive("bound", self.bound)
+        if not (self.kappa >= 0 and math.isfinite(self.kappa)):
+            raise ValueError(f"Invalid kappa: {self.kappa}; it must be finite and not negative")
+        for name in ("pull", "floor", "momentum"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"Invalid {name}: {getattr(self, name)}; use a number between 0 and 1")
+        if self.bounds is None:
+            self.bounds = (self.floor * self.start, math.inf)
 
-    def __call__(self, measured: Measured) -> tuple[Tensor, State]:
-        state, round_, phase = dict(measured.state), *divmod(measured.steps - 1, self.PERIOD)
-        if measured.steps == 1:
-            return measured.scale, {"held": measured.scale / self.SHORT}
-        valid = measured.correlation == measured.correlation
-        sums = torch.stack([measured.diff_sq_norm, measured.dot, measured.prev_sq_norm, measured.sq_norm])
-        change, dot, before, now = torch.where(valid, sums, 0.0).sum(1, keepdim=True)
-        size_and_agreement = torch.stack([change / before, dot / (before * now).sqrt()])
-        mean = state.get("mean", torch.zeros_like(size_and_agreement))
-        size_and_agreement = torch.where(before > 0, size_and_agreement, mean)
-        size_of_all = size_and_agreement[0]
-        # One gradient that jumps is not to be remembered for long.
-        state["mean"] = mean = torch.lerp(mean, size_and_agreement.clamp_max(10.0), 0.5)
-
-        # After a short step it goes on from where it was, and R tells the noise.
-        scale = state.get("held", measured.scale) if phase == 1 else measured.scale
-        ratio = measured.prev_step / (scale * measured.lr)
-        may_be_short = phase in (1, 2)
-        if may_be_short or "floor" not in state:
-            short = valid & (ratio < 2 * self.SHORT)
-            last = size_of_all.clamp_max(1.0)
-            floor = state.get("floor", last)
-            state["floor"] = floor = torch.where(short.any(), torch.lerp(floor, last, 0.5), floor)
-            state["noise"] = noise = (2.0 * (floor - self.CLEAN)).clamp(0.0, 1.0)
-            state["fast"], state["limit"] = 2.0 - 0.5 * noise, self.RISE * (1.0 + noise)
-        noise = state["noise"]
-
-        size = (sums[0] / sums[2] * size_of_all).sqrt() / self.target**2
-        size = torch.lerp(size, (mean[0] / self.noisy**2).expand_as(size), noise)
-        passed = torch.where(noise > 0.5, mean[1] < 0.0, size > 0.25)
-        if may_be_short:
-            passed = passed & ~short
-        state["found"] = found = torch.where(passed, 1.0, state.get("found", torch.zeros_like(size)))
-        # Growth is capped rather than damped: what curvature a step has met shows only after the next one.
-        growth = torch.where(found > 0, self.grow, state["fast"])
-        high = state.get("high", before)
-        growth = torch.where(now > state["limit"] * high, (high / now).sqrt(), growth)
-        state["high"] = torch.fmax(now, 0.9 * high)
-        factor = torch.where(found > 0, ratio * size.rsqrt(), math.inf)
-        new = scale * torch.minimum(factor, growth).clamp_min(0.1)
-        if may_be_short:
-            new = torch.where(short, scale, new)
-        elif phase == 0:
-            state["held"] = torch.where(valid, new, scale)
-            new = new * (self.SHORT if round_ % 5 == 0 else torch.where(noise > 0, self.SHORT, 1.0))
-        return new, state
+    def __call__(self, measured: Measured) -> Decision:
+        norm = torch.where(measured.sq_norm > 0, measured.sq_norm, 0.0)  # NaN is not greater
+        before = (measured.state.get(key, torch.zeros_like(norm)).nan_to_num() for key in ("total", "count"))
+        total, count = (old + new for old, new in zip(before, (norm, (norm > 0).double()), strict=True))
+        size = torch.maximum(total / count.clamp_min(1.0), norm)
+        sigma = (size / (measured.size * (1.0 - self.momentum**2))).sqrt()
+        excess = (measured.scale / self.start).log().clamp_min(0.0)
+        cos = measured.alignment_correlation.nan_to_num()
+        rho = measured.scale * torch.exp(self.kappa * cos - self.pull * excess)
+        return Decision(rho, {"total": total, "count": count}, self.bound * sigma)
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
-    "auto": SmoothnessStep,
+    "auto": AlignedStep,
     "cosine": CosineStep,
     "hypergradient": Hypergradient,
     "secant": SecantStep,
@@ -329,6 +323,15 @@ def resolve(adapt: str | Policy | None) -> Policy | None:
         raise ValueError(f"Invalid lag: {adapt.lag!r}; use 1 (the next step) or 0 (this step)")
     if getattr(adapt, "granularity", "layer") not in ("layer", "global"):
         raise ValueError(f"Invalid granularity: {adapt.granularity!r}; use 'layer' or 'global'")
+    momentum = getattr(adapt, "momentum", None)
+    if momentum is not None and not (isinstance(momentum, int | float) and 0 < momentum < 1):
+        raise ValueError(
+            f"Invalid momentum: {momentum!r} of the policy; use a number between 0 and 1, or None"
+        )
+    if momentum is not None and getattr(adapt, "lag", 1) == 0:
+        raise ValueError("Invalid lag: 0 of a policy with momentum; use 1 (the next step)")
+    if getattr(adapt, "signal", "gradient") not in ("gradient", "momentum"):
+        raise ValueError(f"Invalid signal: {adapt.signal!r}; use 'gradient' or 'momentum'")
     start = getattr(adapt, "start", 1.0)
     if not (isinstance(start, int | float) and 0 < start < math.inf):
         raise ValueError(f"Invalid start: {start!r}; use a scale that is positive and finite")
@@ -344,6 +347,7 @@ class Adapter:
     Args:
         policy: from :func:`resolve`.
         adapted: the layers, and which of them it may change.
+        sizes: how many elements each has.
         device: where the scales lie.
         state: what :meth:`state` returned, to go on from.
         in_place: whether all stays where it is in memory, so that steps can be captured in a CUDA graph.
@@ -356,6 +360,7 @@ class Adapter:
         self,
         policy: Policy,
         adapted: dict[str, bool],
+        sizes: Sequence[int],
         device: torch.device,
         state: dict[str, Any],
         in_place: bool = False,
@@ -368,14 +373,27 @@ class Adapter:
         self._layers = tuple(adapted)
         self._some_out = not all(adapted.values())
         self._adapted = torch.tensor(list(adapted.values()), dtype=torch.bool, device=device)
-        ones = torch.where(self._adapted, float(getattr(policy, "start", 1.0)), 1.0).double()
-        known, used = (state.get(key, ones[:0]).to(ones) for key in (_KEY, _USED))
-        if len(known) > len(ones):
-            raise ValueError(f"the state has scales of {len(known)} layers, the optimizer has {len(ones)}")
-        self.scale = torch.cat([known, ones[len(known) :]])
+        ones = torch.ones(len(adapted), dtype=torch.float64, device=device)
+        start = torch.where(self._adapted, float(getattr(policy, "start", 1.0)) * ones, ones)
+        self._sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
+        # An update that is to be bounded is none before there is a bound.
+        bounded = getattr(policy, "momentum", None) is not None
+        none_yet = torch.where(self._adapted, 0.0 * ones, math.inf)
+
+        def resumed(key: str, start: Tensor) -> Tensor:
+            known = state.get(key, start[:0]).to(start)
+            if len(known) > len(start):
+                raise ValueError(
+                    f"the state has scales of {len(known)} layers, the optimizer has {len(start)}"
+                )
+            return torch.cat([known, start[len(known) :]])
+
+        self.scale = resumed(_KEY, start)
         """What multiplies the learning rate of each layer in the next step: float64, (L,)."""
-        self.used = torch.cat([used, ones[len(used) :]])
+        self.used = resumed(_USED, start)
         """What did so in the last one."""
+        self.bound = resumed(_BOUND, none_yet) if bounded else None
+        """What elements of the momentum are cut at in the next step: float64, (L,); None: nowhere."""
         self._seen = int(state.get(_SEEN, 0))
         self.rejected = torch.as_tensor(state.get(_REJECTED, 0), dtype=torch.int64, device=device)
         """How many scales that are not finite or negative the policy has returned: 0-dim."""
@@ -384,13 +402,16 @@ class Adapter:
         self._own: dict[str, Tensor] = {}
         """What the policy remembers."""
         self._failure: Exception | None = None
-        if self._together or len(known) == len(ones):  # otherwise layers have been added
-            self._own = {
-                key[len(_OWN) :]: value.to(ones) for key, value in state.items() if key.startswith(_OWN)
-            }
+        before = len(state.get(_KEY, ()))
+        for key, value in state.items():
+            if key.startswith(_OWN):
+                value = value.to(start)
+                if value.shape == (before,) and not self._together:  # NaN for layers that have been added
+                    value = torch.cat([value, value.new_full((len(start) - before,), math.nan)])
+                self._own[key[len(_OWN) :]] = value
         # Whatever is wrong with the policy shows before there is a step.
-        unknown = torch.full((4, len(ones)), math.nan, dtype=torch.float64, device=device)
-        self._ask(Measured(*unknown, scale=self.scale, lr=ones, prev_step=ones, steps=1))
+        unknown = torch.full((len(SUMS), len(start)), math.nan, dtype=torch.float64, device=device)
+        self._ask(self._measured(unknown, ones, ones))
 
     def state(self, layers: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
         """What :class:`Adapter` takes to go on, by keys for a parameter group.
@@ -399,18 +420,22 @@ class Adapter:
             layers: the names of the layers that it is to go on with, if not these.
         """
         layers = self._layers if layers is None else tuple(layers)
+
+        def of_layers(value: Tensor, missing: float) -> Tensor:
+            if layers == self._layers or value.shape != self.scale.shape:
+                return value.clone()
+            known = dict(zip(self._layers, value, strict=True))
+            return torch.stack([known.get(name, value.new_full((), missing)) for name in layers])
+
+        start = float(getattr(self.policy, "start", 1.0))
         yield _SEEN, self._seen
         yield _REJECTED, self.rejected.clone()
-        for key, value in ((_KEY, self.scale), (_USED, self.used)):
-            if layers == self._layers:
-                yield key, value.clone()
-                continue
-            known = dict(zip(self._layers, value, strict=True))
-            start = torch.as_tensor(float(getattr(self.policy, "start", 1.0))).to(value)
-            yield key, torch.stack([known.get(name, start) for name in layers])
-        if self._together or layers == self._layers:
-            for key, value in self._own.items():
-                yield _OWN + key, value.clone()
+        yield _KEY, of_layers(self.scale, start)
+        yield _USED, of_layers(self.used, start)
+        if self.bound is not None:
+            yield _BOUND, of_layers(self.bound, 0.0)
+        for key, value in self._own.items():
+            yield _OWN + key, value.clone() if self._together else of_layers(value, math.nan)
 
     @property
     def warming_up(self) -> bool:
@@ -418,7 +443,7 @@ class Adapter:
         return self._seen < self._warmup
 
     def decide(self, sums: Tensor, lr: Tensor, prev_step: Tensor) -> None:
-        """Let the policy see a step's `sums` (4, L) and set the scale.
+        """Let the policy see a step's `sums` (6, L) and set the scale.
 
         What goes wrong in the policy is raised here with `lag` 0, where the update comes after this, and by
         :meth:`check` before the next step with `lag` 1.
@@ -426,12 +451,13 @@ class Adapter:
         self._seen += 1
         if self._some_out:
             sums = torch.where(self._adapted, sums, math.nan)
-        measured = Measured(
-            *sums, scale=self.scale, lr=lr, prev_step=prev_step, steps=self._seen, state=self._own
-        )
-        valid = self._adapted & (measured.correlation == measured.correlation)
+        measured = self._measured(sums, lr, prev_step)
+        if getattr(self.policy, "signal", "gradient") == "momentum":
+            valid = self._adapted & (measured.sq_norm > 0)  # NaN is not
+        else:
+            valid = self._adapted & (measured.correlation == measured.correlation)
         try:
-            new, own = self._ask(measured, valid)
+            new, own, bound = self._ask(measured, valid)
         except Exception as error:
             if self.lag == 0:
                 raise  # the parameters are updated after this
@@ -439,6 +465,9 @@ class Adapter:
             return
         if own is not None:
             self._keep(own)
+        if self.bound is not None and bound is not None:
+            good = valid & (bound >= 0) & (bound < math.inf)
+            self._set("bound", torch.where(good, bound.to(self.bound), self.bound))
         if self._seen <= self._warmup:
             return
         usable = valid & (new >= 0) & (new < math.inf)
@@ -451,11 +480,22 @@ class Adapter:
                 "ones are kept, here and from now on (rejected_scales counts them)",
                 stacklevel=2,
             )
-        scale = torch.where(usable, new.to(self.scale).clamp(*self._bounds), self.scale)
+        self._set("scale", torch.where(usable, new.to(self.scale).clamp(*self._bounds), self.scale))
+
+    def _set(self, name: str, value: Tensor) -> None:
+        """Let attribute `name` be `value`; where it was in memory, if it is to stay in place."""
         if self._in_place:
-            self.scale.copy_(scale)
+            getattr(self, name).copy_(value)
         else:
-            self.scale = scale
+            setattr(self, name, value)
+
+    @property
+    def factor(self) -> Tensor:
+        """The scale as kernels take it, which do not divide what they clip by its bound: float64, (L,)."""
+        if self.bound is None:
+            return self.scale
+        of_clipped = torch.where(self.bound > 0, self.scale / self.bound, 0.0)
+        return torch.where(self.bound < math.inf, of_clipped, self.scale)
 
     def check(self) -> None:
         """Raise what the policy raised, or what was wrong with its answer, after the last update."""
@@ -463,17 +503,34 @@ class Adapter:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _ask(self, measured: Measured, valid: Tensor | None = None) -> tuple[Tensor, State | None]:
-        """What the policy says: scales, and the new state if it has one. `valid`: layers that count."""
+    def _measured(self, sums: Tensor, lr: Tensor, prev_step: Tensor) -> Measured:
+        return Measured(
+            *sums,
+            size=self._sizes,
+            scale=self.scale,
+            lr=lr,
+            prev_step=prev_step,
+            steps=max(self._seen, 1),
+            state=self._own,
+        )
+
+    def _ask(self, measured: Measured, valid: Tensor | None = None) -> Decision:
+        """What the policy says. `valid`: layers that count."""
         if self._together:
             measured = measured.together(self._adapted if valid is None else valid)
         answer = self.policy(measured)
-        new, own = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+        several = isinstance(answer, tuple) and len(answer) in (2, 3)
+        new, own, bound = Decision(*answer) if several else Decision(answer)
         shape = measured.scale.shape
-        if not isinstance(new, Tensor) or new.shape != shape:
-            what = f"a tensor of shape {tuple(new.shape)}" if isinstance(new, Tensor) else repr(new)
+        for value, kind in ((new, "scales"), (bound, "bounds"))[: 1 if bound is None else 2]:
+            if not isinstance(value, Tensor) or value.shape != shape:
+                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(
+                    f"the policy {self.policy!r} returned {what}; return {kind} of shape {tuple(shape)}"
+                )
+        if bound is not None and self.bound is None:
             raise ValueError(
-                f"the policy {self.policy!r} returned {what}; return scales of shape {tuple(shape)}"
+                f"the policy {self.policy!r} bounds the update; give it the attribute `momentum`"
             )
         if own is not None and not (
             isinstance(own, Mapping) and all(isinstance(value, Tensor) for value in own.values())
@@ -482,7 +539,7 @@ class Adapter:
                 f"the policy {self.policy!r} returned the state {own!r}; return a dict of tensors beside the "
                 "scales"
             )
-        return new, own
+        return Decision(new, own, bound)
 
     def _keep(self, own: State) -> None:
         """Take over the policy's new state; where it was, if it is to stay in place."""

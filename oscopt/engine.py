@@ -25,7 +25,7 @@ from torch import Tensor
 from . import kernels, measures
 from .adapt import Adapter
 from .distributed import Ranks, bare, copyable, describe, is_dtensor
-from .history import History
+from .history import MEASURED, History
 from .layers import members
 from .recorder import Recorder
 from .window import Window
@@ -72,6 +72,7 @@ class Engine:
         states: the state of each parameter (an optimizer's); one that has none gets it when there is any.
         layers: the name of each parameter's layer, None: not measured.
         every: measure every so many steps.
+        measure: "exact": against the last gradient; "alignment": against the momentum alone.
         backend: "auto" or one of :data:`oscopt.kernels.BACKENDS`.
         history: where the sums go.
         ranks: the processes that share the parameters, if they have found each other already.
@@ -96,6 +97,7 @@ class Engine:
         every: int,
         backend: str,
         history: History,
+        measure: str = "exact",
         ranks: Ranks | None = None,
         adapter: Adapter | None = None,
         recorder: Recorder | None = None,
@@ -104,8 +106,10 @@ class Engine:
     ) -> None:
         self.layer_names = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
         index: dict[str | None, int] = {name: i for i, name in enumerate(self.layer_names)} | {None: -1}
-        self.ranks = _ranks(names, params, layers, {"every": every}, ranks)
+        self.ranks = _ranks(names, params, layers, {"every": every, "measure": measure}, ranks)
         counted = self.ranks.counted if self.ranks is not None else [True] * len(params)
+        self._pairs_up = measure == "exact"
+        """Whether previous gradients are kept and measured against."""
         self._recorder = recorder
         self._states = states
         self._known_states = list(states.values())
@@ -130,7 +134,7 @@ class Engine:
                     shape=local.shape,
                     stride=local.stride(),
                     dense=kernels.dense(local),
-                    copied=copy_gradients or recorder is not None,
+                    copied=self._pairs_up and (copy_gradients or recorder is not None),
                     again=again,
                     state=states.get(p),
                 )
@@ -164,7 +168,7 @@ class Engine:
         for i, slot in enumerate(self.slots):
             self._take_up(i, slot)
         self._kept = [i for i, prev in enumerate(self._prev) if prev is not None]
-        if recorder is not None:
+        if recorder is not None and self._pairs_up:
             recorder.forget(sorted(set(self._everyone).difference(self._kept)))
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._by_reference = False
@@ -196,7 +200,7 @@ class Engine:
         goes on from the states cannot tell. And those of layers that are not made of the same parameters
         `now` (:func:`oscopt.layers.members`). What is left can be copied and saved.
         """
-        if self._recorder is not None:
+        if self._recorder is not None and self._pairs_up:
             for i in self._recorder.unknown():  # graphs write to what is kept of them: it stays
                 if self._prev[i] is not None:
                     self._prev[i].fill_(torch.nan)
@@ -275,7 +279,7 @@ class Engine:
 
     def wants(self, step: int) -> bool:
         """Whether the gradients of step number `step` are measured, or kept for the one after it."""
-        return (step + 1) % self._every == 0 or (step + 2) % self._every == 0
+        return (step + 1) % self._every == 0 or (self._pairs_up and (step + 2) % self._every == 0)
 
     def values(self) -> list[Tensor]:
         """The parameters, as real tensors in memory.
@@ -368,7 +372,9 @@ class Engine:
             )
         present = [i for i, g in enumerate(grads) if g is not None]
         dtypes = {i: None if self._prev[i] is None else self._prev[i].dtype for i in present}
-        lacking = any(dtypes[i] != grads[i].dtype for i in present if self.slots[i].layer >= 0)
+        lacking = self._pairs_up and any(
+            dtypes[i] != grads[i].dtype for i in present if self.slots[i].layer >= 0
+        )
         if self.untouched or lacking or self._kept != present:
             raise RuntimeError(
                 "the last step was none with gradients of the same parameters, and what a graph captures is "
@@ -395,7 +401,7 @@ class Engine:
     def begin(self, grads: Sequence[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         """Keep gradients that no step was made of."""
         present = [i for i, g in enumerate(grads) if g is not None]
-        if self._recorder is not None:
+        if self._recorder is not None and self._pairs_up:
             self._changed(grads, present)
         self.keep(grads, wholes, present, copied=False)
 
@@ -423,14 +429,17 @@ class Engine:
         measured = (step + 1) % self._every == 0
         keep = (step + 2) % self._every == 0
         prevs, copies, lost, sums = None, None, [], None
-        changed = self._changed(grads, present) if self._recorder is not None else None
+        changed = None
+        if self._recorder is not None and self._pairs_up:
+            changed = self._changed(grads, present)
         row = self._record.next_row(self.device) if measured else None
         before = None
         if measured:
-            # Graphs and other steps in between leave nothing to compare with.
-            before = self._last_row if self._every == 1 and self._recorder is None else None
-            prevs, copies, lost = self._pairs(grads, wholes, present)
-            sums = row[:4]  # zeros until now
+            if self._pairs_up:
+                # Graphs and other steps in between leave nothing to compare with.
+                before = self._last_row if self._every == 1 and self._recorder is None else None
+                prevs, copies, lost = self._pairs(grads, wholes, present)
+            sums = row[: len(kernels.SUMS)]  # zeros until now
         adapter, plans = self._adapter, self._plan(present, grads, regular)
         if self._recorder is not None and not kernels.capturing(self.device):
             for _, plan in plans:
@@ -439,8 +448,9 @@ class Engine:
             self.history.settle()  # the scales are to be known now
         twice = adapter is not None and adapter.lag == 0 and row is not None
         first = None if twice else hyper
-        if prevs is not None or first is not None:
-            self._run(plans, (grads, prevs, bufs, copies, rows), first, sums)
+        if sums is not None or first is not None:
+            # Without the update nothing is known of its sign, nor is the momentum that of this step.
+            self._run(plans, (grads, prevs, None if twice else bufs, copies, rows), first, sums)
         if row is not None:
             if lost:
                 everything = len(lost) == len(self.layer_names)  # as at the start: no index to upload
@@ -448,10 +458,10 @@ class Engine:
                     part[slice(None) if everything else lost] = torch.nan
             if changed is not None:
                 sums[:1].masked_fill_(changed, torch.nan)
-                sums[2:].masked_fill_(changed, torch.nan)
+                sums[2:4].masked_fill_(changed, torch.nan)
             self._last_row = row
             if adapter is not None:
-                row[5:].copy_(torch.stack([adapter.scale, adapter.used]))
+                row[MEASURED:].copy_(torch.stack([adapter.scale, adapter.used]))
             if self._recorder is None:
                 rates = self._layer_lr(lr), self._layer_lr(prev_lr)
             else:
@@ -461,7 +471,7 @@ class Engine:
             self.history.settle()
             self._run(plans, (grads, None, bufs, None, rows), hyper, None)
         if adapter is not None:
-            adapter.used = adapter.scale if row is None else row[5]
+            adapter.used = adapter.scale if row is None else row[MEASURED]
         for window in tuple(self.windows):
             number = step if self._recorder is None else self._recorder.count()
             window.add(number, present, [self.slots[i].layer for i in present], [grads[i] for i in present])
@@ -473,8 +483,8 @@ class Engine:
         self._kept = []
         if (step + 1) % self._every == 0 and self.slots:
             row = self._record.next_row(self.device)
-            row[:5] = torch.nan
-            row[5:] = 1.0
+            row[:MEASURED] = torch.nan
+            row[MEASURED:] = 1.0
             rates = (
                 (self._layer_lr(lr), self._layer_lr(prev_lr))
                 if self._recorder is None
@@ -505,17 +515,19 @@ class Engine:
 
     def _run(self, plans, values, hyper, sums: Tensor | None) -> None:
         """One call of each device's plan; `values` are grads, prevs, bufs, copies, rows."""
-        scale = None
+        scale = bound = None
         if hyper is not None:
-            scale = self._adapter.scale if self._adapter is not None else None
+            if self._adapter is not None:
+                scale, bound = self._adapter.factor, self._adapter.bound
             if self._recorder is not None:
                 scale = self._recorder.factors(scale)
+                bound = None if bound is None else self._recorder.bounds(bound)
         for n, (index, plan) in enumerate(plans):
             out = sums
             if sums is not None and (n or plan.device != self.device):
                 out = torch.empty_like(sums, device=plan.device)
-            there = None if scale is None else scale.to(plan.device)
-            plan.step(*(kernels.pick(v, index) for v in values), hyper, out, there)
+            there = (None if x is None else x.to(plan.device) for x in (scale, bound))
+            plan.step(*(kernels.pick(v, index) for v in values), hyper, out, *there)
             if out is not sums:
                 sums += out.to(sums.device)
 
@@ -523,7 +535,7 @@ class Engine:
         """Bring the ranks' sums together and finish the row; what of it is left for later, if any."""
         if self.ranks is None:
             return self._complete(row, before, rates)
-        return partial(self._settle, self.ranks.reduce(row[:4]), row, before, rates)
+        return partial(self._settle, self.ranks.reduce(row[: len(kernels.SUMS)]), row, before, rates)
 
     def _settle(self, work: Any, row: Tensor, before: Tensor | None, rates: tuple) -> None:
         self.ranks.wait(work)
@@ -546,9 +558,9 @@ class Engine:
             if self._recorder is None:
                 rates = tuple(torch.from_numpy(rate).to(self.device, non_blocking=True) for rate in rates)
             lr, prev_lr = rates
-            self._adapter.decide(row[:4], lr, prev_lr * row[6])
+            self._adapter.decide(row[: len(kernels.SUMS)], lr, prev_lr * row[MEASURED + 1])
             if self._adapter.lag == 0:
-                row[5] = self._adapter.scale
+                row[MEASURED] = self._adapter.scale
 
     def _pairs(self, grads, wholes, present) -> tuple[list, list[bool] | None, Sequence[int]]:
         """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
@@ -602,6 +614,9 @@ class Engine:
 
         `copied`: the kernel has overwritten the copies already.
         """
+        if not self._pairs_up:
+            self._kept = kept
+            return
         if self._recorder is not None:
             for i in kept:
                 if self.slots[i].home >= 0 and (not copied or self.slots[i].layer < 0):

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 RECORDED = (*SUMS, "correlation_stderr", "step_scale", "prev_step_scale")
 """What one row of the record holds for each layer."""
+MEASURED = len(RECORDED) - 2
+"""Of these, how many are measured; the others are settings."""
 _HOST = ("lr", "prev_lr")
-_FORMAT = 1
+_FORMAT = 2
 _BLOCK = 256  # steps that gather on the device before they move to the host, or fewer: a quarter of `limit`
 
 
@@ -39,7 +41,7 @@ class History:
         limit: how many steps are held at most. Beyond, the record is thinned: every second step is dropped,
             the oldest first, until every second step is left, then every fourth, and so on; the last 256
             steps (or `limit` / 4, if that is less) stay. Each row is complete in itself, so what is left
-            stays exact; `steps` tells which. A step of L layers takes 56 L + 16 bytes, and 16 L more where
+            stays exact; `steps` tells which. A step of L layers takes 72 L + 16 bytes, and 16 L more where
             learning rates change; time a step does not depend on T. None: no limit. :meth:`stream_to` keeps
             every step on disk.
 
@@ -57,7 +59,7 @@ class History:
         self._columns: list[int] | None = None  # where they are in the record, if not in the same places
         self._blocks: list[_Block] = []  # on the host, the oldest first
         self._arriving: _Block | None = None  # on its way there
-        self._block: Tensor | None = None  # (_size, 7, L) on the device
+        self._block: Tensor | None = None  # (_size, 9, L) on the device
         self._steps: list[int] = []  # of the filled rows of it
         self._rates: list[tuple[np.ndarray, ...]] = []  # lr and prev_lr of them
         self._settle_last: Callable[[], None] | None = None
@@ -117,7 +119,7 @@ class History:
             self._columns = None if columns == list(range(len(place))) else columns
 
     def next_row(self, device: torch.device) -> Tensor:
-        """Where the next step's :data:`RECORDED` go: float64, shape (7, L), on `device`.
+        """Where the next step's :data:`RECORDED` go: float64, shape (9, L), on `device`.
 
         The sums in it are zeros, the scales ones.
         """
@@ -128,7 +130,7 @@ class History:
             self._make_room()
             shape = (self._size, len(RECORDED), len(self._current))
             self._block = torch.zeros(shape, dtype=torch.float64, device=device)
-            self._block[:, len(RECORDED) - 2 :] = 1.0  # scales
+            self._block[:, MEASURED:] = 1.0  # scales
         return self._block[len(self._steps)]
 
     def commit(
@@ -168,7 +170,7 @@ class History:
 
         Args:
             steps: their numbers, (T,).
-            sums: their :data:`RECORDED`, float64, (T, 7, L).
+            sums: their :data:`RECORDED`, float64, (T, 9, L).
             lr, prev_lr: as in :meth:`commit`, (T, L).
         """
         last = (np.zeros(0), np.zeros(0))
@@ -303,6 +305,20 @@ class History:
         return self._sum("prev_sq_norm")
 
     @property
+    def alignment(self) -> np.ndarray:
+        """<g_t, b_{t-1}>, with b_{t-1} the momentum buffer as the step finds it: float64, shape (T, L).
+
+        The buffer is b_t = momentum b_{t-1} + (1 - dampening) (g_t + weight_decay x_t), with g_t negated to
+        maximize (here, too), and without weight decay where `adapt` bounds the update. NaN without momentum.
+        """
+        return self._sum("alignment")
+
+    @property
+    def momentum_sq_norm(self) -> np.ndarray:
+        """||b_{t-1}||^2: float64, shape (T, L); NaN without momentum."""
+        return self._sum("momentum_sq_norm")
+
+    @property
     def correlation_stderr(self) -> np.ndarray:
         """Standard error of `correlation()` where it is estimated, else 0: float64, shape (T, L)."""
         return self._sum("correlation_stderr")
@@ -349,6 +365,23 @@ class History:
         """mu_t of all layers together: float64, shape (T,); see :meth:`correlation`."""
         mu = measures.correlation(self.dot.sum(1), self.sq_norm.sum(1), self.prev_sq_norm.sum(1))
         return mu if window is None else self._trailing_mean(mu[:, None], window)[:, 0]
+
+    def alignment_correlation(self, window: int | None = None) -> np.ndarray:
+        """cos(g_t, b_{t-1}), of the gradient with the momentum, for every layer: float64, shape (T, L).
+
+        Args:
+            window: the mean over the last `window` - 1 steps instead, as in :meth:`correlation`.
+
+        Raises:
+            ValueError: `window` is less than 2.
+        """
+        cos = measures.correlation(self.alignment, self.sq_norm, self.momentum_sq_norm)
+        return cos if window is None else self._trailing_mean(cos, window)
+
+    def global_alignment_correlation(self, window: int | None = None) -> np.ndarray:
+        """The same of all layers together: float64, shape (T,)."""
+        cos = measures.correlation(self.alignment.sum(1), self.sq_norm.sum(1), self.momentum_sq_norm.sum(1))
+        return cos if window is None else self._trailing_mean(cos[:, None], window)[:, 0]
 
     def curvature(self) -> np.ndarray:
         """Directional curvature kappa_t along the step from t - 1 to t: float64, shape (T, L).
@@ -512,16 +545,16 @@ class History:
 
     @classmethod
     def _from_arrays(cls, data: dict[str, np.ndarray], source: str) -> History:
-        wanted = ("format", "steps", "layer_names", *SUMS, "correlation_stderr", *_HOST)
-        if missing := [name for name in wanted if name not in data]:
+        if missing := [name for name in ("format", "steps", "layer_names") if name not in data]:
             raise ValueError(f"{source} is no history: it lacks {missing[0]!r}")
         if int(data["format"]) != _FORMAT:
             raise ValueError(
                 f"{source} is a history of format {int(data['format'])}, this oscopt reads {_FORMAT}"
             )
+        if missing := [name for name in (*RECORDED, *_HOST) if name not in data]:
+            raise ValueError(f"{source} is damaged: it lacks {missing[0]!r}")
         count = len(data["steps"])
         shape = (count, len(data["layer_names"]))
-        data = {name: np.ones(shape) for name in ("step_scale", "prev_step_scale")} | data  # came later
         for name in (*RECORDED, *_HOST):
             if data[name].shape != shape:
                 raise ValueError(f"{source} is damaged: {name!r} has shape {data[name].shape}, not {shape}")
@@ -613,7 +646,7 @@ class _Block:
     Attributes:
         steps: their numbers, (n,).
         ordinals: how many steps were recorded before each, (n,).
-        sums: (n, 7, layers); a tensor until :meth:`on_host`.
+        sums: (n, 9, layers); a tensor until :meth:`on_host`.
         rates: `lr` and `prev_lr`, (n, layers); one row in memory where they do not change.
         stride: every ordinal is a multiple of it.
         event: when `sums` has arrived.

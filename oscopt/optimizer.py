@@ -48,7 +48,8 @@ class OscGD(Optimizer):
 
     Args:
         params: parameters, `named_parameters()` (best: layers get their names), or dicts of groups.
-        lr: learning rate eta; a float or a 1-element tensor.
+        lr: learning rate eta; a float or a 1-element tensor. Default: 1e-3; with ``adapt="auto"``, whose
+            steps it multiplies, 1.
         momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
         foreach, fused: the update is one pass over all tensors either way. `fused=True` also takes unscaling
             and skipping over from a ``torch.amp.GradScaler``, and waits for the device to know which.
@@ -65,9 +66,12 @@ class OscGD(Optimizer):
             path. "parameter": each its own. A dict, parameter name -> layer name (None: update, do not
             measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None;
             if it cannot be pickled (a lambda), a pickled optimizer has its answers so far, as a dict.
+        measure: "exact": against the last gradient, and with momentum also against that. "alignment": against
+            the momentum alone, which costs nothing and keeps no gradient; the correlation is NaN then.
         every: measure every `every`-th step; the others cost what SGD costs.
         adapt: a policy of :mod:`oscopt.adapt`, or its name, that sets a multiplier of `lr` for each layer
-            from what was measured; None: all stay 1. A group with ``"adapt": False`` is left out.
+            from what was measured; None: all stay 1. "auto" needs neither `lr` nor `momentum`. A group with
+            ``"adapt": False`` is left out.
         backend: "auto", "triton" (CUDA, ROCm), "numba" (CPU) or "torch" (anywhere).
         history: record into this one, which goes on where it ends. Default: a new one.
 
@@ -92,8 +96,8 @@ class OscGD(Optimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.0,
+        lr: float | Tensor | None = None,
+        momentum: float | None = None,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
@@ -105,6 +109,7 @@ class OscGD(Optimizer):
         fused: bool | None = None,
         copy_gradients: bool = False,
         layers: Layers = "module",
+        measure: str = "exact",
         every: int = 1,
         adapt: str | Policy | None = None,
         backend: str = "auto",
@@ -114,6 +119,24 @@ class OscGD(Optimizer):
         policy = resolve(adapt)
         if history is not None and not isinstance(history, History):
             raise TypeError(f"history must be an oscopt.History or None, not {type(history).__name__}")
+        if measure not in ("exact", "alignment"):
+            raise ValueError(f"Invalid measure: {measure!r}; use 'exact' or 'alignment'")
+        if policy is not None and measure == "alignment" and getattr(policy, "signal", "") != "momentum":
+            raise ValueError(
+                f"measure='alignment' does not measure what the policy {policy!r} needs; use measure='exact'"
+            )
+        own_momentum = getattr(policy, "momentum", None)
+        if own_momentum is not None and momentum is not None:
+            raise ValueError(
+                f"Invalid momentum: {momentum}; leave it out, as `adapt` has its own, {own_momentum}"
+            )
+        momentum = momentum if momentum is not None else own_momentum or 0.0
+        if lr is None:
+            lr = 1e-3 if own_momentum is None else 1.0
+        elif own_momentum is not None and not isinstance(lr, Tensor) and not lr > 0:
+            raise ValueError(
+                f"Invalid lr: {lr}; the policy of `adapt` has steps of its own, which it multiplies: use 1"
+            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -142,6 +165,7 @@ class OscGD(Optimizer):
         self._names: dict[Tensor, str] | None = None  # of the parameters, as they were when last looked at
         self._assigned: dict[str, str | None] = {}  # name -> layer, also of parameters that are gone
         self._every = every
+        self._measure = measure
         self._copy_gradients = bool(copy_gradients)
         self._backend = backend
         self._policy = policy
@@ -157,6 +181,8 @@ class OscGD(Optimizer):
         self._ranks: Ranks | None = None
         self._hyper: tuple[tuple[float, ...], ...] = ()
         super().__init__(params, defaults)
+        if measure == "alignment" and not any(group["momentum"] for group in self.param_groups):
+            raise ValueError("measure='alignment' is against the momentum: give one, such as momentum=0.9")
         self._name_all()
         self._ensure_engine()
 
@@ -282,6 +308,7 @@ class OscGD(Optimizer):
             self._check_capture(engine, grads)
         hyper = []
         for group in self.param_groups:
+            self._check_adapted(group)
             # The recorder has the rate then.
             lr = 1.0 if self._recorder is not None else _number(group["lr"])
             momentum, damp = float(group["momentum"]), float(group["dampening"])
@@ -403,11 +430,20 @@ class OscGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; new layers are NaN in the history up to now."""
         self._show_state()
+        own_momentum = getattr(self._policy, "momentum", None)
+        if own_momentum is not None and isinstance(param_group, dict) and not param_group.get("adapt", True):
+            if "lr" not in param_group:
+                raise ValueError(
+                    "a group with 'adapt': False needs its own 'lr': that of the others multiplies the steps "
+                    "of the policy"
+                )
+            param_group = {"momentum": 0.0} | param_group
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             group["step"] = self._step()
             _check(group)
+            self._check_adapted(group)
             for p in group["params"]:
                 if not (p.is_floating_point() or p.is_complex()):
                     raise TypeError(f"OscGD needs floating-point or complex parameters, not {p.dtype}")
@@ -430,6 +466,18 @@ class OscGD(Optimizer):
             raise
         self._drop_engine()
         self._ensure_engine()  # ranks that share parameters meet here, not where one of them reads
+
+    def _check_adapted(self, group: Mapping[str, Any]) -> None:
+        """Raise where a group cannot have the updates of a policy with a momentum of its own."""
+        momentum = getattr(self._policy, "momentum", None)
+        if momentum is None or not group.get("adapt", True):
+            return
+        for name, value in (("momentum", momentum), ("dampening", 0.0), ("nesterov", False)):
+            if group[name] != value:
+                raise ValueError(
+                    f"Invalid {name}: {group[name]} in a group that the policy {self._policy!r} adapts; "
+                    f"leave it at {value} (also in a scheduler), or give the group 'adapt': False"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim.Optimizer.state_dict``; the scales of `adapt` are in the first group."""
@@ -496,6 +544,7 @@ class OscGD(Optimizer):
             name: getattr(self, name)
             for name in (
                 "_every",
+                "_measure",
                 "_copy_gradients",
                 "_backend",
                 "_history",
@@ -524,6 +573,7 @@ class OscGD(Optimizer):
         self._adapter, self._recorder, self._windows = None, None, []
         self._listing, self._captured = None, getattr(self, "_captured", (None, {}))
         self._capturable = getattr(self, "_capturable", False)  # it came later
+        self._measure = getattr(self, "_measure", "exact")
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-2]}\nbackend: {self.backend}, {len(self.layer_names)} layers\n)"
@@ -586,6 +636,7 @@ class OscGD(Optimizer):
                 groups=listing.groups,
                 layers=layers,
                 every=self._every,
+                measure=self._measure,
                 backend=self._backend,
                 history=self._history,
                 ranks=self._ranks,
@@ -601,16 +652,19 @@ class OscGD(Optimizer):
     def _new_adapter(self, device: torch.device) -> Adapter:
         """What decides on the layers' scales, going on from the state in the first group."""
         adapted: dict[str, bool] = {}
+        members: dict[str, dict[Tensor, int]] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 layer = self._layer(self._names[p])
                 if layer is not None and not is_lazy(p):
                     adapted[layer] = adapted.get(layer, True) and group.get("adapt", True)
+                    members.setdefault(layer, {})[p] = p.numel() * (2 if p.is_complex() else 1)
         state = self.param_groups[0]
         if self._adapter is not None:
             self._history.settle()
             state = dict(self._adapter.state(tuple(adapted)))
-        return Adapter(self._policy, adapted, device, state, in_place=self._capturable)
+        sizes = [sum(members[layer].values()) for layer in adapted]
+        return Adapter(self._policy, adapted, sizes, device, state, in_place=self._capturable)
 
     def _new_recorder(self, params: list[Tensor], groups: list[int], layers: list[str | None]) -> Recorder:
         """What counts and records on the device; the one there is, if it fits."""

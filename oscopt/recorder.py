@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .history import RECORDED, History
+from .history import MEASURED, RECORDED, History
 from .kernels import capturing
 
 LEAST, MOST = 256, 16_384
@@ -81,12 +81,13 @@ class Recorder:
         self._entry_group = torch.tensor([group for _, group in place]).to(device)
         self._entry_layer = torch.tensor([home for home, _ in place]).to(device)  # num_layers: none
         self._one = torch.ones(1, **options)
+        self._unbounded = torch.full((1,), math.inf, **options)
         self._count = torch.tensor(step).to(device)
         self._rates = torch.tensor(rates, dtype=torch.float64).to(device)
         self._before = self._rates.clone()
         rows = len(RECORDED) + 2
         self._row = torch.zeros((rows, num_layers), **options)
-        self._row[RECORDED.index("step_scale") :] = 1.0
+        self._row[MEASURED:] = 1.0
         steps = max(LEAST, min(_BYTES // (8 * rows * max(num_layers, 1)), MOST))
         self._ring = torch.zeros((steps, *self._row.shape), **options)
         self._history = history
@@ -134,6 +135,10 @@ class Recorder:
         """Parameters whose previous gradients are not known; waits for the device."""
         return (~self._known[:-1]).nonzero().flatten().tolist()
 
+    def bounds(self, bound: Tensor) -> Tensor:
+        """The bounds of layers (float64, (L,)), one for each of `entries`; infinite for what has no layer."""
+        return torch.cat([bound, self._unbounded]).index_select(0, self._entry_layer)
+
     def factors(self, scale: Tensor | None) -> Tensor:
         """Learning rate times `scale` (float64, (L,)), one for each of `entries`."""
         rates = self._rates.index_select(0, self._entry_group)
@@ -150,7 +155,7 @@ class Recorder:
         return lr, prev_lr
 
     def next_row(self, device: torch.device) -> Tensor:
-        """Where the next step's :data:`oscopt.history.RECORDED` go: float64, (7, L), always the same.
+        """Where the next step's :data:`oscopt.history.RECORDED` go: float64, (9, L), always the same.
 
         Raises:
             RuntimeError: somebody else records into the history by now.
@@ -159,7 +164,7 @@ class Recorder:
             raise RuntimeError(
                 "the history of this optimizer has been handed on to another one; give each its own"
             )
-        self._row[:5].zero_()
+        self._row[:MEASURED].zero_()
         return self._row[: len(RECORDED)]
 
     def commit(
@@ -185,7 +190,7 @@ class Recorder:
         return self._count.clone()
 
     def latest(self) -> Tensor:
-        """The row of the last step, float64, (7, L)."""
+        """The row of the last step, float64, (9, L)."""
         place = (self._count - 1).remainder(len(self._ring)).reshape(1)
         return self._ring.index_select(0, place)[0, : len(RECORDED)]
 

@@ -139,7 +139,7 @@ def _compiled(params, grads):
 def contenders(backends: Sequence[str], *, compiled: bool = True) -> list[Contender]:
     """All of them; OscGD with each of `backends`, the first of which does the variants too."""
     sgd, momentum = torch.optim.SGD, {"momentum": 0.9}
-    fastest, plain = {"backend": backends[0]}, f"oscgd {backends[0]}"
+    fastest, with_momentum = {"backend": backends[0]}, "oscgd momentum"
     return [
         Contender(CEILING, _copy, 2, own=2),
         Contender(READING, _read, 2, own=2),
@@ -148,8 +148,15 @@ def contenders(backends: Sequence[str], *, compiled: bool = True) -> list[Conten
         Contender(BASE_MOMENTUM, _optimizer(sgd, fused=True, **momentum), 5, own=1),
         *(Contender(f"oscgd {name}", _optimizer(OscGD, backend=name), 4) for name in backends),
         Contender("oscgd every=10", _optimizer(OscGD, every=10, **fastest), 3.1, repeat=10),
-        Contender("oscgd adapt", _optimizer(OscGD, adapt="auto", **fastest), 4, base=plain),
-        Contender("oscgd momentum", _optimizer(OscGD, **momentum, **fastest), 6, own=1, base=BASE_MOMENTUM),
+        Contender(with_momentum, _optimizer(OscGD, **momentum, **fastest), 6, own=1, base=BASE_MOMENTUM),
+        Contender(
+            "oscgd alignment",
+            _optimizer(OscGD, measure="alignment", **momentum, **fastest),
+            5,
+            own=1,
+            base=BASE_MOMENTUM,
+        ),
+        Contender("oscgd adapt", _optimizer(OscGD, adapt="auto", **fastest), 6, own=1, base=with_momentum),
         Contender("sgd fused + monitor", _monitor, 5),
         Contender("sgd + cosine_similarity loop", _with_loop(_cosine_loop), 7, own=1),
         Contender("sgd + dot, norm loop", _with_loop(_dot_loop), 9, own=1),

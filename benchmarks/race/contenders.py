@@ -1,4 +1,4 @@
-"""What races: plain and momentum methods at their best rates, methods without a rate, step adaptation."""
+"""What races: methods at their best rates, methods without a rate, step adaptation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch.nn import Parameter
 
 from oscopt import OscGD
-from oscopt.adapt import CosineStep, Hypergradient, SecantStep
+from oscopt.adapt import AlignedStep, CosineStep, Decision, Hypergradient, Measured, SecantStep
 
 Named = Iterable[tuple[str, Parameter]]
 BASE = "gd"
-STARTS = (0.01, 0.1, 1.0, 10.0)
+OURS = "auto"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def _sgd(**options):
     return lambda rate, best, named: torch.optim.SGD(_parameters(named), lr=rate, **options)
 
 
-def _adam(rate: float, best: float, named: Named) -> torch.optim.Optimizer:
-    return torch.optim.Adam(_parameters(named), lr=rate)
+def _adam(kind: type[torch.optim.Optimizer]):
+    return lambda rate, best, named: kind(_parameters(named), lr=rate)
 
 
 def _adapted(policy: Callable[[float], object], times: float):
@@ -80,12 +80,59 @@ def contenders() -> tuple[list[Contender], list[str]]:
     hd = _adapted(lambda rate: Hypergradient(rate, granularity="global"), 0.1)
     return [
         Contender(BASE, _sgd(), 2.0, lambda best: best),
-        *(Contender(f"auto x{t:g}", _adapted(lambda rate: "auto", t)) for t in STARTS),
-        *(Contender(f"cosine x{t:g}", _adapted(lambda rate: CosineStep(), t)) for t in STARTS),
+        Contender(OURS, lambda rate, best, named: OscGD(named, adapt="auto")),
+        Contender("cosine x1", _adapted(lambda rate: CosineStep(), 1.0)),
         Contender("adaptive gd x0.01", _adapted(lambda rate: SecantStep(), 0.01)),
         Contender("sgd-hd x0.1", hd, 10.0, lambda best: 1e-2 * best),
         Contender("heavy ball", _sgd(momentum=0.9), 2.0, lambda best: best / 4),
         Contender("nesterov", _sgd(momentum=0.9, nesterov=True), 2.0, lambda best: best / 4),
-        Contender("adam", _adam, 2.0, lambda best: 0.016),
+        Contender("adam", _adam(torch.optim.Adam), 2.0, lambda best: 0.016),
+        Contender("adamw", _adam(torch.optim.AdamW), 2.0, lambda best: 0.016),
         *others,
     ], absent
+
+
+class _MeanOnly(AlignedStep):
+    """sigma from the mean of ||g||^2 alone."""
+
+    def __call__(self, measured: Measured) -> Decision:
+        rho, state, _ = super().__call__(measured)
+        mean = state["total"] / state["count"].clamp_min(1.0)
+        return Decision(rho, state, self.bound * (mean / (measured.size * (1 - self.momentum**2))).sqrt())
+
+
+class _AdjacentCorrelation(AlignedStep):
+    """rho follows the correlation of adjacent gradients in place of that with the momentum."""
+
+    def __call__(self, measured: Measured) -> Decision:
+        _, state, bound = super().__call__(measured)
+        excess = (measured.scale / self.start).log().clamp_min(0.0)
+        change = self.kappa * measured.correlation.nan_to_num() - self.pull * excess
+        return Decision(measured.scale * torch.exp(change), state, bound)
+
+
+def ablations() -> list[Contender]:
+    """The rule of "auto" with one part changed each, after gradient descent and the rule itself."""
+    # Where nothing is clipped, rho / c is what multiplies b / sigma: it stays what it was.
+    rule = AlignedStep()
+    unclipped = AlignedStep(start=rule.start * 1e3 / rule.bound, bound=1e3)
+    changed = {
+        "rho fixed": AlignedStep(kappa=0.0),
+        "kappa / 2": AlignedStep(kappa=rule.kappa / 2),
+        "kappa x 2": AlignedStep(kappa=rule.kappa * 2),
+        "pull / 10": AlignedStep(pull=rule.pull / 10),
+        "no floor": AlignedStep(floor=1e-9),
+        "rho_1 / 10": AlignedStep(start=rule.start / 10),
+        "rho_1 x 4": AlignedStep(start=rule.start * 4),
+        "bound / 3": AlignedStep(bound=rule.bound / 3),
+        "not bounded": unclipped,
+        "one rho for all": AlignedStep(granularity="global"),
+        "sigma from the mean": _MeanOnly(),
+        "adjacent correlation": _AdjacentCorrelation(),
+    }
+
+    def make(policy: AlignedStep):
+        return lambda rate, best, named: OscGD(named, adapt=policy)
+
+    base, ours = (next(c for c in contenders()[0] if c.name == name) for name in (BASE, OURS))
+    return [base, ours, *(Contender(f"{OURS}, {name}", make(policy)) for name, policy in changed.items())]

@@ -41,15 +41,17 @@ def _grid(rows: Sequence[Row], measure: str) -> list[str]:
 
 def _summary(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| contender | median | worst | reached within 1.0 | within 1.5 | diverged | seconds, median |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| contender | median | mean | worst | reached within 1.0 | within 1.5 | diverged | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys(row["contender"] for row in rows):
         mine = [row for row in rows if row["contender"] == name]
         ratios = [row["epoch_ratio"] for row in mine]
         seconds = statistics.median_low([row["second_ratio"] for row in mine])
         within = [f"{sum(r <= limit for r in ratios)} of {len(mine)}" for limit in (1.0, 1.5)]
-        cells = [_number(statistics.median_low(ratios), "never"), _number(max(ratios), "never"), *within]
+        mean = statistics.geometric_mean([min(ratio, 2.0) for ratio in ratios])
+        cells = [_number(statistics.median_low(ratios), "never"), _number(mean, "never")]
+        cells += [_number(max(ratios), "never"), *within]
         cells += [str(sum(row["diverged"] for row in mine)), _number(seconds, "never")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -67,7 +69,8 @@ def markdown(rows: Sequence[Row]) -> str:
             f"{batch}, seeds {seeds}.",
             "",
             "Epochs to the loss that gradient descent with its best fixed rate ends with, as a multiple of "
-            "the epochs that it takes itself; runs get 1.5 times the budget. Over all tasks and seeds:",
+            "the epochs that it takes itself; runs get 1.5 times the budget. Over all tasks and seeds (the "
+            "mean is the geometric one, of ratios cut at 2; seconds are the median):",
             "",
             *_summary(rows),
             "",

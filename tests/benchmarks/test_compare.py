@@ -46,15 +46,15 @@ def test_a_small_run_goes_on_where_it_ended(small_tasks, tmp_path, capsys, monke
     gd = {float(r["rate"]): float(r["final"]) for r in rows if (r["contender"], r["seed"]) == ("gd", "0")}
     best = min(gd, key=gd.get)
     assert {best / 2, best, best * 2} <= set(gd)  # it lies inside the grid
-    auto = [r for r in rows if r["contender"].startswith("auto")]
-    assert len(auto) == 8 and all(float(r["target"]) in gd.values() for r in auto if r["seed"] == "0")
+    auto = [r for r in rows if r["contender"] == "auto"]
+    assert len(auto) == 2 and all(float(r["target"]) in gd.values() for r in auto if r["seed"] == "0")
     chosen = Results(tmp_path / "compare.csv").chosen(None)
     assert len(chosen) == 2 * len(names)
     assert [r["epoch_ratio"] for r in chosen if r["contender"] == "gd"] == [1.0, 1.0]
     for name in ("compare.png", "compare.svg"):
         assert (tmp_path / name).stat().st_size > 10_000
     text = (tmp_path / "compare.md").read_text()
-    assert text in capsys.readouterr().out and "| auto x0.01 |" in text
+    assert text in capsys.readouterr().out and "| auto |" in text
 
     # Killed while it wrote a line: that run is made again, and nothing else.
     file = tmp_path / "compare.csv"
@@ -135,11 +135,20 @@ def test_every_task_starts_alike(batches):
 def test_contenders_by_name(small_tasks, tmp_path):
     arguments = ["--only", "net", "--seeds", "3", "--contenders", "adam,auto", "--out", str(tmp_path)]
     assert compare.main(arguments) == 0
-    assert {r["contender"] for r in rows_in(tmp_path)} == {
-        "gd",
-        "adam",
-        *(f"auto x{t:g}" for t in contenders.STARTS),
-    }
+    assert {r["contender"] for r in rows_in(tmp_path)} == {"gd", "adam", "auto"}
+
+
+def test_ablations(small_tasks, tmp_path, capsys):
+    arguments = ["--ablations", "--only", "net", "--seeds", "0", "--out", str(tmp_path)]
+    assert compare.main([*arguments, "--batch", "16"]) == 0
+    text = (tmp_path / "ablations-16.md").read_text()
+    assert text in capsys.readouterr().out
+    names = [c.name for c in contenders.ablations()]
+    assert len(names) == len(set(names)) > 8 and all(f"| {name} |" in text for name in names)
+    with open(tmp_path / "ablations.csv") as file:
+        finals = {row["contender"]: row["final"] for row in csv.DictReader(file)}
+    same = {"auto, one rho for all", "auto, sigma from the mean"}  # with one layer and norms that fall
+    assert {name for name, final in finals.items() if final == finals["auto"]} == {"auto", *same}
 
 
 def test_pictures_that_are_not_there(small_tasks, tmp_path, capsys, monkeypatch):
@@ -165,12 +174,12 @@ def test_pictures_that_are_not_there(small_tasks, tmp_path, capsys, monkeypatch)
 def test_no_target_and_divergence_have_their_words(tmp_path):
     row = {"task": "t", "seed": 0, "batch": None, "rate": 1.0, "device": "d", "threads": "1", "torch": "2"}
     row |= {"date": "2026-01-01T00:00:00", "diverged": 0, "epoch_ratio": 1.0, "second_ratio": 1.0}
-    never = {"contender": "auto x1", "epoch_ratio": math.inf, "second_ratio": math.inf, "final_ratio": 3.0}
+    never = {"contender": "auto", "epoch_ratio": math.inf, "second_ratio": math.inf, "final_ratio": 3.0}
     rows = [row | {"contender": "gd", "final_ratio": 1.0}, row | never, row | never | {"seed": 1}]
     rows.append(row | never | {"contender": "adam", "diverged": 1, "final_ratio": math.inf})
     text = table.markdown(rows)
-    assert "| auto x1 | never (never to never) |" in text and "| adam | diverged |" in text
-    assert "| auto x1 | never | never | 0 of 2 | 0 of 2 | 0 | never |" in text
+    assert "| auto | never (never to never) |" in text and "| adam | diverged |" in text
+    assert "| auto | never | 2.00 | never | 0 of 2 | 0 of 2 | 0 | never |" in text
     plot.draw(rows, tmp_path / "p")
     assert (tmp_path / "p.png").exists()
 

@@ -36,7 +36,7 @@ def test_a_small_run(tmp_path, capsys):
     of = {r["contender"]: r for r in rows}
     assert float(of["sgd fused"]["ratio"]) == 1 and of["sgd fused momentum"]["base"] == "sgd fused"
     assert of["oscgd momentum"]["base"] == "sgd fused momentum"
-    assert of["oscgd adapt"]["base"] == "oscgd numba"
+    assert of["oscgd adapt"]["base"] == "oscgd momentum"
     extra = {name: float(r["extra_bytes_per_parameter"]) for name, r in of.items()}
     assert extra["oscgd numba"] == 4 and extra["sgd fused"] == 0 and extra["oscgd momentum"] == 8
     for name in ("kernels.png", "kernels.svg"):
@@ -76,13 +76,14 @@ def test_contenders_do_what_they_say():
     idle = ("copy", "read two arrays")
     assert all(torch.equal(ends[name][0], start[0]) for name in idle)
     for name, params in ends.items():
-        plain = not any(word in name for word in ("adamw", "momentum", "adapt")) and name not in idle
-        if plain:
+        others = (*idle, "adamw", "momentum", "alignment", "adapt")
+        if not any(word in name for word in others):
             for p, q in zip(params, ends["sgd foreach"], strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8, msg=name)
     assert not torch.equal(ends["oscgd adapt"][0], ends["sgd foreach"][0])
-    for p, q in zip(ends["oscgd momentum"], ends["sgd fused momentum"], strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+    for name in ("oscgd momentum", "oscgd alignment"):
+        for p, q in zip(ends[name], ends["sgd fused momentum"], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
 def test_ratios_are_paired_by_round():
@@ -97,7 +98,7 @@ def test_some_contenders_and_what_they_are_compared_to(tmp_path):
     arguments = ["--sizes", "1e3", "--seconds", "0.1", "--device", "cpu", "--contenders", "oscgd adapt"]
     assert kernels.main([*arguments, "--out", str(tmp_path)]) == 0
     names = [r["contender"] for r in rows_in(tmp_path)]
-    assert names == ["copy", "sgd fused", "oscgd numba", "oscgd adapt"]
+    assert names == ["copy", "sgd fused", "sgd fused momentum", "oscgd momentum", "oscgd adapt"]
 
 
 def test_not_enough_memory_skips_the_set(tmp_path, capsys, monkeypatch):

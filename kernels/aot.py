@@ -167,8 +167,9 @@ _GCN_BITS |= {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "sh
 def _paths(assembly: str, label: re.Pattern, branch: re.Pattern, access) -> tuple[dict, dict]:
     """Accesses to global memory on the main path, and on the masked one.
 
-    The main path is all basic blocks with a 128-bit access. The masked one is the loops without any; on AMD,
-    where masks become branches out of the loop, it is everything else, the partial sums' stores included.
+    The main path is all basic blocks with a 128-bit load (a block that stores partial sums has none, but may
+    store two of them at once). The masked one is the loops without any; on AMD, where masks become branches
+    out of the loop, it is everything else, the partial sums' stores included.
     """
     lines = assembly.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := label.match(line))}
@@ -182,7 +183,7 @@ def _paths(assembly: str, label: re.Pattern, branch: re.Pattern, access) -> tupl
                 loops.update(range(labels[match[1]], i))
             block += 1
     found = [(i, key) for i, line in enumerate(lines) if (key := access(line))]
-    wide = {block_of[i] for i, key in found if key.endswith(" 128")}
+    wide = {block_of[i] for i, key in found if key == "load 128"}
     main = Counter(key for i, key in found if block_of[i] in wide)
     everything = label is _GCN_LABEL
     masked = Counter(key for i, key in found if block_of[i] not in wide and (everything or i in loops))

@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from oscopt.atomic import writing
+
 from .results import Row
 
 _STARTS = {"x0.01": ":", "x0.1": "-.", "x1": "-", "x10": "--"}
@@ -44,7 +46,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 axis.legend(frameon=False, fontsize=8, loc="upper left")
         axes[0].set_ylabel("share of tasks and seeds")
         for suffix in ("png", "svg"):
-            figure.savefig(path.with_suffix(f".{suffix}"), dpi=130)
+            with writing(path.with_suffix(f".{suffix}")) as file:
+                figure.savefig(file, format=suffix, dpi=130)
         plt.close(figure)
 
 

@@ -25,6 +25,9 @@ import torch
 from study_config import CONFIG
 
 import kernels
+import micro.plot
+import race.plot
+from micro.contenders import BASE, CEILING
 from oscopt import History
 from study import cli, data, figure, memory
 from study.errors import UserError
@@ -203,6 +206,32 @@ def test_an_output_that_cannot_be_written(tmp_path):
             done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60)
             assert done.returncode == 2
             assert done.stderr == f"error: the output or a file cannot be read or written ({reason})\n"
+
+
+def test_pictures_and_tables_are_whole_or_the_earlier_ones(tmp_path, monkeypatch):
+    """A kill in the midst of writing leaves what was there."""
+
+    def half(figure, file, **options):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plt.Figure, "savefig", half)
+    (tmp_path / "a.png").write_text("earlier")
+    row = dict.fromkeys(kernels.COLUMNS, 1) | {"set": "1e3", "date": "2026-11-25", "threads": 1}
+    rows = [row | {"contender": name} for name in (CEILING, BASE)]
+    for draw in (
+        lambda: race.plot.draw([{"contender": "gd", "epoch_ratio": 1.0}], tmp_path / "a"),
+        lambda: micro.plot.draw(rows, tmp_path / "a"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            draw()
+    (tmp_path / "kernels.csv").write_text("earlier")
+    with pytest.raises(ValueError, match="other"):
+        kernels.append(tmp_path / "kernels.csv", [row, {"other": 1}])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a.png": "earlier",
+        "kernels.csv": "earlier",
+    }
 
 
 def test_what_is_no_users_error_stays_a_traceback(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -15,10 +16,14 @@ from oscopt.kernels.aot import VARIANTS
 pytestmark = pytest.mark.slow
 
 
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+COMMAND = (sys.executable, "-m", "oscopt.kernels.aot")
+
+
 def aot(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "oscopt.kernels.aot", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=280
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,31 @@ def test_table_for_people():
     header, row = done.stdout.splitlines()
     assert header.split()[:4] == ["target", "dtype", "variant", "regs"]
     assert row.startswith("cuda:90     float32   measure") and "3 load 128, 1 store 128" in row
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "interrupted"),
+        (None, 2, "error: the output cannot be read or written (Broken pipe)"),
+    ],
+)
+def test_an_early_end(tmp_path, end, code, line):
+    """By a signal, or as nobody reads on: one line, and no traceback."""
+    process = subprocess.Popen(
+        COMMAND,
+        env=ENVIRONMENT | {"TRITON_CACHE_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("target")
+    if end is None:
+        process.stdout.close()
+    else:
+        process.send_signal(end)
+    assert process.stderr.read() == line + "\n"
+    assert process.wait() == code
+    process.stderr.close()
 
 
 @pytest.mark.parametrize("target", ["nonsense", "cuda:", "cuda:12", "hip:gfx0000"])

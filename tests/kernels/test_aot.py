@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from oscopt.kernels.aot import VARIANTS
+from oscopt.kernels.aot import VARIANTS, main
 
 pytestmark = pytest.mark.slow
 
@@ -106,8 +106,15 @@ def test_an_early_end(tmp_path, end, code, line):
     process.stderr.close()
 
 
-@pytest.mark.parametrize("target", ["nonsense", "cuda:", "cuda:12", "hip:gfx0000"])
-def test_unknown_target(target):
+@pytest.mark.parametrize("target", ["nonsense", "cuda:"])
+def test_no_target(target, capsys):
+    assert main(["--target", target]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and len(error.strip().splitlines()) == 1 and repr(target) in error
+
+
+@pytest.mark.parametrize("target", ["cuda:12", "hip:gfx0000"])
+def test_target_that_the_compiler_does_not_know(target):
     done = aot("--target", target)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and repr(target) in done.stderr

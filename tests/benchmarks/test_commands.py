@@ -66,6 +66,7 @@ def test_history(tmp_path, capsys):
     assert History.load(tmp_path / "stream").steps.tolist() == list(range(1905))
 
 
+@pytest.mark.slow
 def test_throughput(capsys):
     arguments = ("--models", "linear", "--n-train", 40, "--micro-batch", 16, "--threads", 1, "--turns", 1)
     assert called(throughput.main, *arguments, "--seconds", 0.01, "--device", "cpu") == 0
@@ -169,6 +170,7 @@ def test_idx_files_that_do_not_belong_together(tmp_path, labels, words):
 SIGNALS = ((signal.SIGINT, 130), (signal.SIGTERM, 143))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "number", "code"),
     [(script, *SIGNALS[i % 2]) for i, script in enumerate((*SCRIPTS, SCRIPTS[-1], SCRIPTS[0]))],
@@ -196,6 +198,7 @@ def test_a_signal_during_imports(tmp_path, script, number, code):
     assert stderr.startswith("interrupted")
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written(tmp_path):
     """A pipe that nobody reads any more, and a full disk, are noticed at the first line."""
     command = [sys.executable, str(BENCHMARKS / "history.py"), "--steps", "1000000", "--layers", "2"]
@@ -263,6 +266,7 @@ def finished(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [("experiment", "fig99"), ("model", "alexnet"), ("epochs", "x"), ("epochs", -1), ("threads", 10**6),
@@ -283,6 +287,7 @@ def other_model(state):
     return state | {"settings": state["settings"] | {"model": "vgg16"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -468,7 +468,7 @@ def npz_bomb(path: Path, fuse: Path) -> None:
         ("config.json", lambda p, fuse: p.unlink(), "holds no run: it lacks config.json"),
         ("history.npz", lambda p, fuse: p.unlink(), "lacks history.npz"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_damaged_runs_are_refused_and_execute_nothing(tmp_path, call, finished, name, damage, text):
     out = shutil.copytree(finished, tmp_path / "run")

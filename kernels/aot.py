@@ -13,12 +13,14 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import triton
@@ -272,5 +274,25 @@ def _print(r: Report, header: bool) -> None:
     print(columns.format(*row, text(r.main), text(r.masked)), flush=True)
 
 
+def _leave(number: int, frame: object) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)  # an exception may be swallowed in the midst of a compiler's code
+
+
+def script() -> int:
+    """The exit code of :func:`main` as a process: one line for a signal, a closed pipe and a full disk."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tells of it again at the end
+        what = error.filename or "the output"
+        print(f"error: {what} cannot be read or written ({error.strerror})", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

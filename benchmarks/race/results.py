@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from oscopt.atomic import writing
+
 from .contenders import BASE
 
 KEY = ("task", "seed", "batch", "contender", "rate")
@@ -29,14 +31,15 @@ class Results:
         self._path = path
         self._rows: dict[tuple, Row] = {}
         if not path.exists():
-            with open(path, "w", newline="") as file:
+            with writing(path, "w") as file:
                 csv.writer(file, lineterminator="\n").writerow(COLUMNS)
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for texts in csv.DictReader(whole):  # the last line may be half of one: it is made again
             row = {key: _NUMBERS.get(key, str)(texts[key]) if texts[key] else None for key in COLUMNS}
             self._rows[self._key(row)] = row
         if whole and not path.read_text().endswith("\n"):
-            path.write_text("".join(whole))
+            with writing(path, "w") as file:
+                file.write("".join(whole))
 
     @staticmethod
     def _key(row: Row) -> tuple:

@@ -138,9 +138,7 @@ def fill(runs: Runs, seeds: list[int], quick: bool) -> None:
     scale = QUICK if quick else FULL
 
     def once(name: str, rate: float, seed: int) -> float:
-        row = runs.once(
-            TASK, seed, scale.batch, name, rate, lambda: train(method(name, rate), scale, seed)
-        )
+        row = runs.once(TASK, seed, scale.batch, name, rate, lambda: train(method(name, rate), scale, seed))
         return row["held_out"]
 
     first = {(name, rate): once(name, rate, seeds[0]) for name, rates in RATES.items() for rate in rates}
@@ -170,10 +168,10 @@ def markdown(rows: list[Row]) -> str:
         [
             where(rows[0], seeds),
             "",
-            f"A transformer on characters (the sources of Python's library), {most} steps of {rows[0]['batch']} "
-            "sequences, warm-up over a twentieth of them and cosine decay for all, no clipping. Loss on held-out "
-            "text, in nats a character; AdamW's and heavy ball's rates are in the second column, for `auto` what "
-            "multiplies its own.",
+            f"A transformer on characters (the sources of Python's library), {most} steps of "
+            f"{rows[0]['batch']} sequences, warm-up over a twentieth of them and cosine decay for all, no "
+            "clipping. Loss on held-out text, in nats a character; for `auto` the rate is what multiplies "
+            "its own steps.",
             "",
             grid(["method", "rate", *(f"seed {s}" for s in seeds), "training loss"], lines),
             "",

@@ -47,8 +47,8 @@ class Runs:
     def once(
         self, task: str, seed: int, batch: int | None, name: str, rate: float, run: Callable[[], Row]
     ) -> Row:
-        """The line of a run; `run` makes its columns `steps`, `first`, `final`, `lowest` and `held_out` if it is
-        not there. One that ends above its start has diverged."""
+        """The line of a run; `run` makes its columns `steps`, `first`, `final`, `lowest` and `held_out`
+        if it is not there. One that ends above its start has diverged."""
         key = (task, seed, batch, name, f"{rate:.6g}")
         row = self.results.get(key)
         if row is None:
@@ -57,11 +57,10 @@ class Runs:
             values |= {"seconds": time.perf_counter() - started}
             values["diverged"] = int(not values["final"] <= values["first"])
             row = self.results.add(key, self.about | values)
-            held_out = "" if row["held_out"] is None else f", {row['held_out']:.4g} held out"
-            print(
-                f"{task} seed {seed}: {name} {rate:.3g}: {row['final']:.4g}{held_out}, {row['seconds']:.0f} s",
-                flush=True,
-            )
+            told = f"{row['final']:.4g}"
+            if row["held_out"] is not None:
+                told += f", {row['held_out']:.4g} held out"
+            print(f"{task} seed {seed}: {name} {rate:.3g}: {told}, {row['seconds']:.0f} s", flush=True)
         return row
 
 

@@ -2,6 +2,8 @@
 # `make check` is the quick part of the tests; `make test-oldest` runs the core's on the oldest versions supported.
 PYTHON ?= python3
 BIN := .venv/bin
+# Most tests use one core; who is done takes over from the other.
+WORKERS := -n 2 --dist worksteal
 
 .PHONY: demo test check test-oldest lint clean
 
@@ -9,13 +11,13 @@ demo: .venv/bench
 	$(BIN)/python benchmarks/run.py --model resnet34 --out runs/demo --overwrite
 
 test: .venv/test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 check: .venv/test lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow"
 
 test-oldest: .venv-oldest/test
-	.venv-oldest/bin/python -m pytest tests/oscopt tests/kernels
+	.venv-oldest/bin/python -m pytest $(WORKERS) tests/oscopt tests/kernels
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ setup(
             *integrations,
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis>=6.100",
             "pandas>=2",
             "xarray",

@@ -4,12 +4,18 @@
     python benchmarks/compare.py --seeds 0,1,2,3,4 --out runs/compare
     python benchmarks/compare.py --batch 128 --only cnn,resnet18
     python benchmarks/compare.py --ablations --seeds 0,1
+    python benchmarks/compare.py --lm --seeds 0,1,2
+    python benchmarks/compare.py --generalize
+    python benchmarks/compare.py --limits
 
 Gradient descent's best rate is searched for on a 2x grid for every task and seed: the loss that it ends with
 is the target. What else is tuned is so on the first seed. Every finished run is a line of compare.csv in
 --out; a second call makes only those that it lacks. Writes compare.png, compare.svg (performance profiles)
 and compare.md (tables) from all lines there; compare-128.* with --batch 128, where the tasks have more
 pictures and fewer epochs.
+
+--lm: a language model of a million parameters; --generalize: accuracy on held-out pictures; --limits: widths,
+batch sizes, long runs, rare rows, scaled losses. They write lm.csv and lm.md, and so on, in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +25,8 @@ import csv
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from run import machine
 
@@ -35,7 +42,16 @@ from study.cli import (
     writable_folder,
 )
 
+if TYPE_CHECKING:
+    from race.results import Results
+
 QUICK = "the quick tasks with one seed, in some minutes"
+TABLES = {
+    "lm": "a language model",
+    "generalize": "accuracy on held-out pictures",
+    "limits": "where 'auto' ends",
+}
+"""Those of longer runs, each from a module of its own."""
 
 
 def parser() -> Parser:
@@ -51,9 +67,12 @@ def parser() -> Parser:
     p.add_argument("--batch", type=positive(int), metavar="N", help="samples in a step (default: all)")
     p.add_argument("--data-root", type=filled, metavar="DIR", help="where Fashion-MNIST is (default: data)")
     p.add_argument("--threads", type=threads, default=1, metavar="N", help="default: %(default)s")
-    p.add_argument(
+    other = p.add_mutually_exclusive_group()
+    other.add_argument(
         "--ablations", action="store_true", help="the rule of 'auto' with one part changed each, instead"
     )
+    for name, about in TABLES.items():
+        other.add_argument(f"--{name}", action="store_true", help=f"{about}, instead")
     p.add_argument("--quick", action="store_true", help=QUICK)
     p.add_argument("--out", type=filled, default="runs/compare", metavar="DIR", help="default: %(default)s")
     return p
@@ -205,25 +224,18 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from race import plot, table
-    from race.results import Results
-    from study.errors import UserError
 
+    for name in TABLES:
+        if getattr(options, name):
+            return _longer(name, options)
     tasks = chosen_tasks(options)
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2, 3, 4])
     out = writable_folder("--out", options.out)
     stem = "ablations" if options.ablations else "compare"
-    try:
-        results = Results(out / f"{stem}.csv")
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
-    except (ValueError, KeyError, csv.Error) as error:
-        raise UserError(f"{out}/{stem}.csv is damaged ({error}); use another --out") from None
+    results = _results(out, stem)
     torch.set_num_threads(options.threads)
     chosen = chosen_contenders(options)
-    here = machine()
-    about = {key: here[key] for key in ("date", "oscopt", "torch")} | {"threads": options.threads}
-    about["device"] = f"{here['processor']} ({here['cores']} cores)"
-    race = Race(results, about, options.batch, seeds[0])
+    race = Race(results, _about(options), options.batch, seeds[0])
     for seed in seeds:
         for task in tasks:
             race.all(task, seed, chosen)
@@ -237,6 +249,53 @@ def _run(options: argparse.Namespace) -> int:
             print("\n" + text)
             print(f"files: {out}/{stem}.csv, {name}.md, {name}.png, {name}.svg")
     return 0
+
+
+def _longer(name: str, options: argparse.Namespace) -> int:
+    """One of TABLES."""
+    import torch
+
+    from race import generalize, language, limits
+    from race.longer import Runs
+    from race.results import LONGER
+    from study.errors import UserError
+
+    for option in ("only", "contenders", "batch"):
+        if getattr(options, option) is not None:
+            raise UserError(f"--{name} has no --{option}; leave it out")
+    module = {"lm": language, "generalize": generalize, "limits": limits}[name]
+    out = writable_folder("--out", options.out)
+    results = _results(out, name, LONGER)
+    torch.set_num_threads(options.threads)
+    module.fill(Runs(results, _about(options)), options.seeds or [0], options.quick)
+    text = module.markdown(results.rows())
+    (out / f"{name}.md").write_text(text)
+    print(f"\n{text}\nfiles: {out}/{name}.csv, {name}.md")
+    return 0
+
+
+def _results(out: Path, stem: str, *columns: Sequence[str]) -> Results:
+    """The lines in a file of the folder.
+
+    Raises:
+        UserError: it cannot be written, or it is something else.
+    """
+    from race.results import Results
+    from study.errors import UserError
+
+    try:
+        return Results(out / f"{stem}.csv", *columns)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; give a folder that can be written") from None
+    except (ValueError, KeyError, csv.Error) as error:
+        raise UserError(f"{out}/{stem}.csv is damaged ({error}); use another --out") from None
+
+
+def _about(options: argparse.Namespace) -> dict[str, Any]:
+    """The columns that all lines have."""
+    here = machine()
+    about = {key: here[key] for key in ("date", "oscopt", "torch")} | {"threads": options.threads}
+    return about | {"device": f"{here['processor']} ({here['cores']} cores)"}
 
 
 if __name__ == "__main__":

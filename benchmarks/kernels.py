@@ -187,12 +187,12 @@ def check_columns(path: Path) -> None:
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Add `rows` to the CSV file, which begins with its header."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    from oscopt.atomic import writing
+
+    before = path.read_text() if path.exists() else ",".join(COLUMNS) + "\n"
+    with writing(path, "w") as file:
+        file.write(before)
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
 
 
 def version(package: str) -> str:

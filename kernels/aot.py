@@ -13,12 +13,14 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import triton
@@ -33,7 +35,7 @@ _PLAIN = ("measure", "measure+copy", "update")
 _MOMENTUM = ("measure+momentum", "measure+momentum+copy", "align+momentum", "update+momentum")
 VARIANTS = (
     *(f"{name}{scaled}" for name in (*_PLAIN, *_MOMENTUM) for scaled in ("", "+scaled")),
-    *(f"{name}{scaled}+bounded" for name in _MOMENTUM for scaled in ("", "+scaled")),
+    *(f"{name}+scaled+bounded" for name in _MOMENTUM),
     *("monitor", "monitor+copy"),
     *(f"sketch{momentum}{scaled}" for momentum in ("", "+momentum") for scaled in ("", "+scaled")),
     *(f"sketch+momentum{scaled}+bounded" for scaled in ("", "+scaled")),
@@ -191,8 +193,9 @@ _GCN_BITS |= {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "sh
 def _paths(assembly: str, label: re.Pattern, branch: re.Pattern, access) -> tuple[dict, dict]:
     """Accesses to global memory on the main path, and on the masked one.
 
-    The main path is all basic blocks with a 128-bit access. The masked one is the loops without any; on AMD,
-    where masks become branches out of the loop, it is everything else, the partial sums' stores included.
+    The main path is all basic blocks with a 128-bit load (a block that stores partial sums has none, but may
+    store two of them at once). The masked one is the loops without any; on AMD, where masks become branches
+    out of the loop, it is everything else, the partial sums' stores included.
     """
     lines = assembly.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := label.match(line))}
@@ -206,7 +209,7 @@ def _paths(assembly: str, label: re.Pattern, branch: re.Pattern, access) -> tupl
                 loops.update(range(labels[match[1]], i))
             block += 1
     found = [(i, key) for i, line in enumerate(lines) if (key := access(line))]
-    wide = {block_of[i] for i, key in found if key.endswith(" 128")}
+    wide = {block_of[i] for i, key in found if key == "load 128"}
     main = Counter(key for i, key in found if block_of[i] in wide)
     everything = label is _GCN_LABEL
     masked = Counter(key for i, key in found if block_of[i] not in wide and (everything or i in loops))
@@ -295,5 +298,25 @@ def _print(r: Report, header: bool) -> None:
     print(columns.format(*row, text(r.main), text(r.masked)), flush=True)
 
 
+def _leave(number: int, frame: object) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)  # an exception may be swallowed in the midst of a compiler's code
+
+
+def script() -> int:
+    """The exit code of :func:`main` as a process: one line for a signal, a closed pipe and a full disk."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tells of it again at the end
+        what = error.filename or "the output"
+        print(f"error: {what} cannot be read or written ({error.strerror})", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

@@ -1,10 +1,10 @@
 """CPU: one parallel loop over chunks of all tensors, through a table of addresses, compiled once a dtype.
 
 A chunk is worked off in parts: prefetch a part some way ahead (the processor's own prefetching stops at every
-page), sum (reads g_t, g_{t-1} and the momentum), update (reads g_t and the momentum again, from the cache;
-reads and writes the parameter), so memory is passed over once. How large a part is and whether it is
-prefetched depends on the processor. What is done is decided at run time by the hyperparameters and by null
-addresses, so that nothing is compiled twice.
+page), sum (reads g_t, g_{t-1}), update (reads g_t again, from the cache; reads and writes the parameter), so
+memory is passed over once. How large a part is and whether it is prefetched depends on the processor. Where
+the momentum alone is measured against, its sums are taken while updating, which reads it anyway. What is done
+is decided at run time by the hyperparameters and by null addresses, so that nothing is compiled twice.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ NAME = "numba"
 
 _CHUNK = 1 << 15  # elements: the unit of work that threads share
 _LANES = 8  # elements that are worked on at once
+_SUM_LANES = 4  # of a sum: with more, all six need more registers than AVX2 has
 _SERIAL = 1 << 15  # elements in all below which waking other threads costs more than they save
 
 
@@ -383,6 +384,26 @@ def _fma(typing_context, a, b, c):
 
 
 @intrinsic
+def _add_products(typing_context, a, b, total):
+    """`total` plus a * b, whose lanes are more: `a` and `b` are cut into pieces, which are added in order."""
+
+    def generate(context, builder, signature, args):
+        vector = _ir_type(total)
+        name = f"llvm.fma.v{total.lanes}f{total.dtype.bitwidth}"
+        function = builder.module.declare_intrinsic(name, (), ir.FunctionType(vector, [vector] * 3))
+        result = args[2]
+        for at in range(0, a.lanes, total.lanes):
+            lanes = ir.VectorType(ir.IntType(32), total.lanes)
+            piece = ir.Constant(lanes, list(range(at, at + total.lanes)))
+            result = builder.call(
+                function, [*(builder.shuffle_vector(x, x, piece) for x in args[:2]), result]
+            )
+        return result
+
+    return total(a, b, total), generate
+
+
+@intrinsic
 def _where(typing_context, condition, a, b):
     """The vector `a` if `condition`, else `b`, without a branch."""
 
@@ -456,11 +477,12 @@ def _descend_momentum(lanes):
     def descend_momentum(p, buf, g, row, tag):
         lr, decay, gain, weight_decay, lookahead, sign, bound, shrink = row
         x = _load(p, tag, lanes)
-        d = _multiply(sign, g)
-        d = _where(weight_decay != 0, _fma(weight_decay, x, d), d)
-        b = _fma(gain, d, _multiply(decay, _load(buf, tag, lanes)))
+        d = _where(weight_decay != 0, _fma(sign * weight_decay, x, g), g)
+        b = _fma(sign * gain, d, _multiply(decay, _load(buf, tag, lanes)))
         _store(buf, tag, b)
-        _store(p, tag, _fma(-lr, _where(lookahead != 0, _fma(lookahead, b, d), b), x))
+        ahead = lookahead != 0
+        d = _where(ahead, _fma(sign * lookahead, b, d), b)
+        _store(p, tag, _fma(-sign * lr if ahead else -lr, d, x))
 
     return descend_momentum
 
@@ -479,24 +501,31 @@ def _descend_bounded(lanes):
     return descend_bounded
 
 
-MODE = os.environ.get("KMODE", "sum")
+def _add_momentum(lanes):
+    @njit(nogil=True)
+    def add_momentum(buf, g, alignment, momentum_sq_norm, tag):
+        b = _wide(_load(buf, tag, lanes))
+        return _add_products(g, b, alignment), _add_products(b, b, momentum_sq_norm)
+
+    return add_momentum
 
 
-def _sweep(momentum, pair, lanes, measured):
+def _sweep(momentum, pair, measured, lanes):
     """One pass over `n` bytes of each array, a whole number of vectors."""
-    update, update_bounded = (_descend_momentum if momentum else _descend)(lanes), _descend_bounded(lanes)
-    align = momentum and measured
-    together = MODE == "sum"
+    descend, descend_bounded = (_descend_momentum if momentum else _descend)(lanes), _descend_bounded(lanes)
+    add_momentum = _add_momentum(lanes)
+    align = momentum and measured and not pair
+    few = min(lanes, _SUM_LANES)
 
     @njit(nogil=True)
     def sweep(p, g, q, buf, copy, updated, n, part, ahead, row, tag):
         width = lanes * _itemsize(tag)
-        dot = _zeros(lanes)
-        sq_norm = _zeros(lanes)
-        diff_sq_norm = _zeros(lanes)
-        prev_sq_norm = _zeros(lanes)
-        alignment = _zeros(lanes)
-        momentum_sq_norm = _zeros(lanes)
+        dot = _zeros(few)
+        sq_norm = _zeros(few)
+        diff_sq_norm = _zeros(few)
+        prev_sq_norm = _zeros(few)
+        alignment = _zeros(few)
+        momentum_sq_norm = _zeros(few)
         bounded = momentum and row[6] < np.inf
         start = 0
         while start < n:
@@ -508,62 +537,48 @@ def _sweep(momentum, pair, lanes, measured):
                     _prefetch(g + line)
                     if pair:
                         _prefetch(q + line)
-                    if momentum:
-                        _prefetch(buf + line)
                     if updated:
                         _prefetch(p + line)
+                    if momentum:
+                        _prefetch(buf + line)
                     line += 64
-            if measured and (together or pair):
+            if pair:
                 i = start
                 while i < stop:
                     a = _wide(_load(g + i, tag, lanes))
-                    sq_norm = _fma(a, a, sq_norm)
-                    if pair:
-                        b = _wide(_load(q + i, tag, lanes))
-                        d = _subtract(a, b)
-                        dot = _fma(a, b, dot)
-                        diff_sq_norm = _fma(d, d, diff_sq_norm)
-                        prev_sq_norm = _fma(b, b, prev_sq_norm)
-                    if align and together:
-                        m = _wide(_load(buf + i, tag, lanes))
-                        alignment = _fma(a, m, alignment)
-                        momentum_sq_norm = _fma(m, m, momentum_sq_norm)
+                    b = _wide(_load(q + i, tag, lanes))
+                    d = _subtract(a, b)
+                    dot = _add_products(a, b, dot)
+                    sq_norm = _add_products(a, a, sq_norm)
+                    diff_sq_norm = _add_products(d, d, diff_sq_norm)
+                    prev_sq_norm = _add_products(b, b, prev_sq_norm)
+                    if momentum:
+                        alignment, momentum_sq_norm = add_momentum(
+                            buf + i, a, alignment, momentum_sq_norm, tag
+                        )
                     i += width
-            if align and MODE == "two":
-                i = start
-                while i < stop:
-                    a = _wide(_load(g + i, tag, lanes))
-                    m = _wide(_load(buf + i, tag, lanes))
-                    if not pair:
-                        sq_norm = _fma(a, a, sq_norm)
-                    alignment = _fma(a, m, alignment)
-                    momentum_sq_norm = _fma(m, m, momentum_sq_norm)
-                    i += width
-            if updated and not bounded:
-                i = start
+            i = start
+            if updated and bounded:
                 while i < stop:
                     values = _load(g + i, tag, lanes)
-                    if align and MODE == "update":
+                    if align:
                         a = _wide(values)
-                        m = _wide(_load(buf + i, tag, lanes))
-                        if not pair:
-                            sq_norm = _fma(a, a, sq_norm)
-                        alignment = _fma(a, m, alignment)
-                        momentum_sq_norm = _fma(m, m, momentum_sq_norm)
-                    update(p + i, buf + i, values, row, tag)
+                        sq_norm = _add_products(a, a, sq_norm)
+                        alignment, momentum_sq_norm = add_momentum(
+                            buf + i, a, alignment, momentum_sq_norm, tag
+                        )
+                    descend_bounded(p + i, buf + i, values, row, tag)
                     i += width
-            if momentum and updated and bounded:
-                i = start
+            elif updated:
                 while i < stop:
                     values = _load(g + i, tag, lanes)
-                    if align and MODE == "update":
+                    if align:
                         a = _wide(values)
-                        m = _wide(_load(buf + i, tag, lanes))
-                        if not pair:
-                            sq_norm = _fma(a, a, sq_norm)
-                        alignment = _fma(a, m, alignment)
-                        momentum_sq_norm = _fma(m, m, momentum_sq_norm)
-                    update_bounded(p + i, buf + i, values, row, tag)
+                        sq_norm = _add_products(a, a, sq_norm)
+                        alignment, momentum_sq_norm = add_momentum(
+                            buf + i, a, alignment, momentum_sq_norm, tag
+                        )
+                    descend(p + i, buf + i, values, row, tag)
                     i += width
             if pair and copy:
                 i = start
@@ -585,7 +600,7 @@ def _sweep(momentum, pair, lanes, measured):
 
 def _loop(*, momentum, pair, measured):
     """A chunk: whole vectors, then one element at a time."""
-    wide, narrow = (_sweep(momentum, pair, lanes, measured) for lanes in (_LANES, 1))
+    wide, narrow = (_sweep(momentum, pair, measured, lanes) for lanes in (_LANES, 1))
 
     @njit(nogil=True)
     def loop(p, g, q, buf, copy, n, part, ahead, row, tag):
@@ -599,11 +614,11 @@ def _loop(*, momentum, pair, measured):
     return loop
 
 
-_plain = _loop(momentum=False, pair=False, measured=False)
-_plain_pair = _loop(momentum=False, pair=True, measured=True)
-_momentum = _loop(momentum=True, pair=False, measured=False)
-_momentum_align = _loop(momentum=True, pair=False, measured=True)
-_momentum_pair = _loop(momentum=True, pair=True, measured=True)
+_update = _loop(momentum=False, pair=False, measured=False)
+_measure = _loop(momentum=False, pair=True, measured=True)
+_update_momentum = _loop(momentum=True, pair=False, measured=False)
+_measure_momentum = _loop(momentum=True, pair=True, measured=True)
+_align_momentum = _loop(momentum=True, pair=False, measured=True)
 
 
 @njit(nogil=True)
@@ -629,16 +644,18 @@ def _scalars(row, scale, bound, buffered, tag):
 def _chunk(p, g, q, buf, copy, n, part, ahead, measured, row, scale, bound, tag):
     """Sum and update `n` bytes at the addresses `p`, `g`, `q`, `buf`; 0 leaves its part out."""
     scalars = _scalars(row, scale, bound, buf != 0, tag)
+    paired = q != 0
+    if not paired:
+        q = g  # a pair with itself, which nobody reads
     if buf == 0:
-        if q != 0 or measured:
-            # Without a pair there is one with itself, which nobody reads.
-            return _plain_pair(p, g, q if q != 0 else g, buf, copy, n, part, ahead, scalars, tag)
-        return _plain(p, g, q, buf, copy, n, part, ahead, scalars, tag)
-    if q != 0:
-        return _momentum_pair(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+        if paired or measured:
+            return _measure(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+        return _update(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+    if paired or (measured and p == 0):
+        return _measure_momentum(p, g, q, buf, copy, n, part, ahead, scalars, tag)
     if measured:
-        return _momentum_align(p, g, q, buf, copy, n, part, ahead, scalars, tag)
-    return _momentum(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+        return _align_momentum(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+    return _update_momentum(p, g, q, buf, copy, n, part, ahead, scalars, tag)
 
 
 @njit(nogil=True, cache=True)

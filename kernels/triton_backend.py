@@ -376,6 +376,7 @@ class Batch:
         self._scale_of = self._upload(np.array(layer_of if scale_of is None else scale_of, np.int32))
         bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
         self._bounds = self._upload(bounds.astype(np.int32))
+        self._ones = self._upload(np.ones(num_layers))
         self._partials = torch.empty((len(tensor), len(SUMS)), dtype=torch.float64, device=self._device)
         self._tables: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self._spares: list[tuple[Tensor, Tensor]] = []  # on the host and on the device
@@ -393,6 +394,8 @@ class Batch:
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
         measure, pair = out is not None, out is not None and prevs is not None
         if len(self._tensor) and (measure or hyper is not None):
+            if scale is None and bound is not None:
+                scale = self._ones  # saves a variant to compile: who bounds steps scales them, too
             arguments = self._arguments(grads, prevs, bufs, copies, rows, hyper, scale, bound)
             chosen = constants(
                 self._dtype,

@@ -23,7 +23,7 @@ shape. Attributes that it may have:
 * `granularity`: "layer" (the default), or "global": it gets sums over all adapted layers, of shape (1,), and
   one scale holds for all of them.
 * `bounds`: the least and the largest scale; default: None, no bounds.
-* `start`: the scale before the first change; default: 1.
+* `start`: the scale before the first change, or a callable that makes it of the number of scales; default: 1.
 * `signal`: "gradient" (the default): a layer without a valid pair of gradients (the first step, a gradient
   that is zero or not finite) keeps its scale, whatever the policy says of it; "momentum": a layer whose
   gradient is zero or not finite does.
@@ -237,7 +237,9 @@ class AlignedStep(_Rule):
     For a layer of n elements, with b the momentum buffer and c = `bound`::
 
         b_t = beta b_{t-1} + g_t,   p -= lr (rho_t clip(b_t / (c sigma_t), -1, 1) + weight decay)
-        log rho_{t+1} = log rho_t + kappa cos(g_t, b_{t-1}) - pull max(log rho_t - log rho_1, 0)
+        rho_1 = length / sqrt(number of layers)
+        log rho_{t+1} = log rho_t + kappa cos(g_t, b_{t-1}) - pull max(log rho_t - log rho_1, 0),
+        but at least log(floor rho_1)
         sigma_{t+1}^2 = max(mean of ||g_i||^2 over i <= t, ||g_t||^2) / (n (1 - beta^2)),   sigma_1 = 0
 
     sigma is the deviation that an element of b has where gradients are noise of that size. So no element
@@ -249,31 +251,36 @@ class AlignedStep(_Rule):
     The optimizer's `lr` multiplies rho; 1 is right. Weight decay is decoupled: p -= lr rho weight_decay p.
 
     Args:
-        start: rho_1, the first scale, greater than 0.
+        length: the length of the first steps, greater than 0: the more layers move at once, the less each.
         kappa: how fast rho follows, not negative; 0: not at all.
         pull: the part of log rho above its start that a step takes back, in (0, 1): rho stays below
             exp(kappa / pull) times its start.
+        floor: the part of its start below which rho does not fall, in (0, 1).
         bound: c, greater than 0; in noise, elements beyond c standard deviations are cut.
         momentum: beta, in (0, 1).
     """
 
-    start: float = 0.005
+    length: float = 0.01
     kappa: float = 0.2
     pull: float = 0.05
+    floor: float = 0.1
     bound: float = 0.3
     momentum: float = 0.9
 
     signal = "momentum"
 
     def __post_init__(self) -> None:
-        _check_positive("start", self.start)
+        _check_positive("length", self.length)
         _check_positive("bound", self.bound)
         if not (self.kappa >= 0 and math.isfinite(self.kappa)):
             raise ValueError(f"Invalid kappa: {self.kappa}; it must be finite and not negative")
-        if not 0 < self.pull < 1:
-            raise ValueError(f"Invalid pull: {self.pull}; use a number between 0 and 1")
-        if not 0 < self.momentum < 1:
-            raise ValueError(f"Invalid momentum: {self.momentum}; use a number between 0 and 1")
+        for name in ("pull", "floor", "momentum"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"Invalid {name}: {getattr(self, name)}; use a number between 0 and 1")
+
+    def start(self, layers: int) -> float:
+        """rho_1."""
+        return self.length / math.sqrt(layers)
 
     def __call__(self, measured: Measured) -> Decision:
         norm = torch.where(measured.sq_norm > 0, measured.sq_norm, 0.0)  # NaN is not greater
@@ -281,10 +288,13 @@ class AlignedStep(_Rule):
         total, count = (old + new for old, new in zip(before, (norm, (norm > 0).double()), strict=True))
         size = torch.maximum(total / count.clamp_min(1.0), norm)
         sigma = (size / (measured.size * (1.0 - self.momentum**2))).sqrt()
-        excess = (measured.scale / self.start).log().clamp_min(0.0)
+        start = self.start(len(measured.scale))
+        excess = (measured.scale / start).log().clamp_min(0.0)
         cos = measured.alignment_correlation.nan_to_num()
         rho = measured.scale * torch.exp(self.kappa * cos - self.pull * excess)
-        return Decision(rho, {"total": total, "count": count}, self.bound * sigma)
+        return Decision(
+            rho.clamp_min(self.floor * start), {"total": total, "count": count}, self.bound * sigma
+        )
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -328,13 +338,19 @@ def resolve(adapt: str | Policy | None) -> Policy | None:
         raise ValueError("Invalid lag: 0 of a policy with momentum; use 1 (the next step)")
     if getattr(adapt, "signal", "gradient") not in ("gradient", "momentum"):
         raise ValueError(f"Invalid signal: {adapt.signal!r}; use 'gradient' or 'momentum'")
-    start = getattr(adapt, "start", 1.0)
+    start = _start(adapt, 1)
     if not (isinstance(start, int | float) and 0 < start < math.inf):
         raise ValueError(f"Invalid start: {start!r}; use a scale that is positive and finite")
     warmup = getattr(adapt, "warmup", 0)
     if not (isinstance(warmup, int) and warmup >= 0):
         raise ValueError(f"Invalid warmup: {warmup!r}; use a number of steps, 0 or more")
     return adapt
+
+
+def _start(policy: Policy, scales: int) -> float:
+    """What each of as many scales begins with."""
+    start = getattr(policy, "start", 1.0)
+    return start(scales) if callable(start) else start
 
 
 class Adapter:
@@ -370,7 +386,8 @@ class Adapter:
         self._some_out = not all(adapted.values())
         self._adapted = torch.tensor(list(adapted.values()), dtype=torch.bool, device=device)
         ones = torch.ones(len(adapted), dtype=torch.float64, device=device)
-        start = torch.where(self._adapted, float(getattr(policy, "start", 1.0)) * ones, ones)
+        first = _start(policy, 1 if self._together else len(adapted))
+        start = torch.where(self._adapted, first * ones, ones)
         self._sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
         # An update that is to be bounded is none before there is a bound.
         bounded = getattr(policy, "momentum", None) is not None
@@ -423,7 +440,7 @@ class Adapter:
             known = dict(zip(self._layers, value, strict=True))
             return torch.stack([known.get(name, value.new_full((), missing)) for name in layers])
 
-        start = float(getattr(self.policy, "start", 1.0))
+        start = _start(self.policy, 1 if self._together else len(layers))
         yield _SEEN, self._seen
         yield _REJECTED, self.rejected.clone()
         yield _KEY, of_layers(self.scale, start)

@@ -23,6 +23,9 @@ class OscTrainerCallback(TrainerCallback):
     The entry is the one in `trainer.state.log_history`. Reporters that were there before this callback have
     seen it already: give them the numbers by `log`.
 
+    A ``Trainer`` does not say when a training ends by an error: the next one lets go of the optimizer then,
+    also the one that `auto_find_batch_size` begins, or :meth:`detach` does.
+
     Args:
         log: called with the numbers by name, for example ``wandb.log``.
         prefix: of the names.
@@ -45,6 +48,7 @@ class OscTrainerCallback(TrainerCallback):
         self._log, self._prefix, self._log_layers, self._options = log, prefix, log_layers, options
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        self.detach()
         while not isinstance(optimizer, OscGD) and hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer  # from inside accelerate's wrapper
         if isinstance(optimizer, OscGD):
@@ -69,6 +73,10 @@ class OscTrainerCallback(TrainerCallback):
                 self._log(values)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Stop measuring; the meter's history stays."""
         if isinstance(self.meter, OscMonitor):
             self.meter.detach()
 

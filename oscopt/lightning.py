@@ -39,6 +39,7 @@ class OscCallback(pl.Callback):
         self._restored: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._let_go()
         self.meters = []
         for i, optimizer in enumerate(trainer.optimizers):
             if isinstance(optimizer, OscGD):

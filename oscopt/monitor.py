@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class OscMonitor:
         TypeError: `named_parameters` gives no names, or `optimizer` holds none of torch's optimizers.
 
     A monitor never ends a training run. Parameters that leave the optimizer are NaN from then on, until they
-    come back. What cannot be measured (sparse gradients) is NaN, with one warning; only where ranks share the
+    come back; those that join it later are not watched, unless they are among the named ones and had left.
+    What cannot be measured (sparse gradients) is NaN, with one warning; only where ranks share the
     parameters, or in the capture of a CUDA graph, it is an error.
 
     The recorded `lr` is the optimizer's (NaN where it is no number, or a tensor on a GPU, which reading would
@@ -106,6 +108,7 @@ class OscMonitor:
         # Of each quantity, whose steps graphs have captured, and what they use, by `id`.
         self._captured: dict[str, tuple[Engine, dict[int, Any]]] = {}
         self._failed = False  # whether this step cannot be measured
+        self._measured: set[str] = set()  # what is, of this step
         self._list()
         self._engines = {w: self._new_engine(w) for w in self.what}
         self._late = False
@@ -170,6 +173,7 @@ class OscMonitor:
             raise error
         if not self._warned:
             self._warned = True
+            self._count()
             warnings.warn(
                 f"the monitor could not measure step {self._step} and records NaN, here and where it happens "
                 f"again: {error}",
@@ -180,16 +184,21 @@ class OscMonitor:
             self._record_nothing()
 
     def _record_nothing(self) -> None:
-        for engine in self._engines.values():
-            if not self._capturable:
-                engine.history.cut(self._step)
-            engine.lose(self._step, self._lr(), self._prev_lr)
+        """A row of NaN of what is not measured yet; none where even that fails, as on a disk that is full."""
+        for what, engine in self._engines.items():
+            if what in self._measured:
+                continue
+            with suppress(Exception):
+                if not self._capturable:
+                    engine.history.cut(self._step)
+                engine.lose(self._step, self._lr(), self._prev_lr)
         self._next_step()
 
     @torch._disable_dynamo
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._failed = False
+        self._measured.clear()
         self._follow_groups()
         # What a closure computes, or the optimizer unscales itself, is to be seen only afterwards.
         closure = kwargs.get("closure") or next(
@@ -249,11 +258,25 @@ class OscMonitor:
         self._listed = [self._named[name] for name in self._held]
 
     def _follow_groups(self) -> None:
-        """Make new engines if the groups have been edited."""
+        """Make new engines if the groups have been edited; where that fails, the next step tries it again."""
         groups = self._optimizer.param_groups
         if self._listing.holds(groups):
             self._groups = list(groups)
             return
+        names = ("_groups", "_prev_lr", "_listing", "_held", "_listed", "_engines", "_recorders")
+        before = {name: getattr(self, name) for name in names}
+        self._engines, self._recorders = dict(self._engines), dict(self._recorders)
+        try:
+            self._take_over(groups)
+        except Exception:
+            vars(self).update(before)
+            for what, history in self._histories.items():
+                history.add_layers(self._engines[what].layer_names, edited=True)
+                if what in self._recorders:
+                    history.follow(self._recorders[what].collect)
+            raise
+
+    def _take_over(self, groups: list[dict[str, Any]]) -> None:
         known = {id(group): rate for group, rate in zip(self._groups, self._prev_lr, strict=False)}
         self._groups = list(groups)
         self._prev_lr = tuple(known.get(id(group), math.nan) for group in groups)
@@ -305,6 +328,7 @@ class OscMonitor:
             engine.history.cut(self._step)  # a step that failed halfway has left its row
             lr = self._lr()
         engine.step(self._step, grads, wholes, None, rows, None, lr, self._prev_lr)
+        self._measured.add(what)
         if capturing(engine.device):
             self._captured = {w: kept for w, kept in self._captured.items() if self._engines[w] is kept[0]}
             kept = self._captured.setdefault(what, (engine, {}))[1]
@@ -312,12 +336,11 @@ class OscMonitor:
 
     def _lr(self) -> tuple[float, ...]:
         rates = map(_rate, self._groups)
-        return tuple(
-            math.nan if isinstance(r, Tensor) and r.device.type != "cpu" else float(r) for r in rates
-        )
+        return tuple(math.nan if isinstance(rate, Tensor) else rate for rate in rates)
 
     def _new_engine(self, what: str, edited: bool = False) -> Engine:
         layers, groups = [self._layers[name] for name in self._held], list(self._held.values())
+        recorder: Recorder | None = None
         if self._capturable:
             self._count()
             device = one_device(self._listed)
@@ -325,9 +348,8 @@ class OscMonitor:
             if known is None or not known.fits(layers, groups, device):
                 missing = len(self._groups) - len(self._prev_lr)
                 rates = self._prev_lr + (math.nan,) * missing
-                self._recorders[what] = Recorder(
-                    layers, groups, device, self._histories[what], self._step, rates
-                )
+                known = Recorder(layers, groups, device, self._histories[what], self._step, rates)
+            recorder = known
         engine = Engine(
             names=list(self._held),
             params=self._listed,
@@ -337,16 +359,19 @@ class OscMonitor:
             states=self._states[what],
             history=self._histories[what],
             ranks=self._ranks,
-            recorder=self._recorders.get(what),
+            recorder=recorder,
             **self._options,
         )
+        if recorder is not None:
+            self._recorders[what] = recorder
         self._ranks = engine.ranks
         return engine
 
     def _count(self) -> None:
         """Take over from the device how many steps there were, if it counts."""
         if self._recorders:
-            self._step, rates = next(iter(self._recorders.values())).state()
+            states = [recorder.state() for recorder in self._recorders.values()]
+            self._step, rates = min(states, key=lambda state: state[0])  # some may be a step ahead
             self._prev_lr = tuple(rates)
 
     # ---- checkpoints, and the end ------------------------------------------------------------------------
@@ -440,12 +465,12 @@ def _hooked(optimizer: Any) -> Optimizer:
 
 
 def _rate(group: Mapping[str, Any]) -> float | Tensor:
-    """The learning rate of a group; NaN where it is no number."""
+    """The learning rate of a group: NaN where it is no number; as a tensor where reading it would wait."""
     lr = group.get("lr")
-    if isinstance(lr, Tensor):
-        return lr if lr.numel() == 1 else math.nan
     try:
-        return float(lr)
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            return lr if lr.numel() == 1 and not lr.is_complex() else math.nan
+        return float(lr - 0)  # `float` alone would read text
     except Exception:  # an object of any library's: its conversion may raise anything
         return math.nan
 

@@ -21,6 +21,8 @@ NEEDS_GPU = "needs a GPU"
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if " at 0x" in item.nodeid:  # an address: pytest-xdist refuses to run what workers call differently
+            raise pytest.UsageError(f"the name {item.nodeid} is another one in each process; give it ids=")
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
 

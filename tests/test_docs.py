@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,25 +66,83 @@ def test_snippet_of_several_processes(tmp_path):
     assert len(printed) == 2 and printed[0] == printed[1]
 
 
+# ---- commands --------------------------------------------------------------------------------------------
+
 COMMAND = re.compile(
-    r"(?:^    |`)(?:torchrun --nproc-per-node 2|python) (benchmarks/\w+\.py|-m oscopt[\w.]+)([^`\n]*)", re.M
+    r"(?:^    |`)(?:\w+=\S+ )?(?:taskset -c 1 |torchrun --nproc-per-node 2 )?(?:python )?"
+    r"(?:benchmarks/(\w+\.py)|(-m oscopt[\w.]+))((?: [^`\n#]*)?)",
+    re.M,
 )
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/measured/compare.md"]
+
+SMALLEST = {
+    "run.py": "... --dataset mnist5k --n-train 32 --micro-batch 32 --width 4 --epochs 1 --threads 1",
+    "compare.py": "--contenders gd ... --only small --seeds 0",
+    "kernels.py": "--contenders 'oscgd numba' ... --sets --sizes 1e3 --seconds 0.01 --threads 1",
+}
+"""What stands before and behind the options that a page gives, so that a command takes seconds here."""
+
+REPRODUCED = "benchmarks/test_reproduce.py::test_from_nothing_to_the_table_and_again"
+ELSEWHERE = {
+    "-m oscopt.kernels.aot": "kernels/test_aot.py::test_table_for_people",
+    "reproduce.py --seeds 0,1,2 --jobs 2": REPRODUCED,
+    "reproduce.py --preset small --seeds 0,1,2 --jobs 2 --threads 1 --markdown docs/results.md": REPRODUCED,
+    "run.py ...": "benchmarks/test_parallel.py::test_two_processes",
+    "run.py --resume --out FOLDER": "benchmarks/test_run.py::test_folders_that_hold_a_run",
+    "throughput.py --models MODEL --threads 2": "benchmarks/test_commands.py::test_throughput",
+}
+"""The tests that start those which are not started here, with the same options."""
 
 
-def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/measured/compare.md"]
+def commands() -> list[str]:
+    """Of all pages, each once; those without options only where no other one has the script."""
+    found = [
+        f"{script or module}{rest}".strip()
+        for page in PAGES
+        for script, module, rest in COMMAND.findall(page.read_text())
+    ]
+    named = {command.split()[0] for command in found if " " in command}
+    return sorted({c for c in found if " " in c or c not in named})
 
 
-def test_commands_are_commands():
-    """Every command of every page is one that its script understands."""
-    seen = set()
-    for page in pages():
-        for script, rest in COMMAND.findall(page.read_text()):
-            seen.add(script)
-            if script.startswith("-m"):
-                continue  # tests/kernels/test_aot.py starts it
-            words = shlex.split(rest.split(" # ")[0].replace(" ...", ""))
-            words = [word for word in words if word != "\\"]
-            parsed = importlib.import_module(Path(script).stem).parser().parse_args(words)
-            assert parsed, (page, script, rest)
-    assert {"benchmarks/run.py", "benchmarks/reproduce.py", "benchmarks/kernels.py"} <= seen
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where a reader stands, with the folders that the pages speak of; pictures are left out."""
+    import matplotlib.pyplot as plt
+
+    from race import tasks
+    from study import figure
+
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for name in ("data", "DIR"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figure, "panels", lambda *_: ())
+    monkeypatch.setattr(figure, "draw_beyond", lambda *_: plt.figure())
+    task = tasks.Task("small", 30, 1.0, tasks._quadratic(20.0))
+    monkeypatch.setattr(tasks, "tasks", lambda *_: {"small": task})
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c not in ELSEWHERE])
+def test_commands_are_started(folder, capsys, command):
+    """Every number on a page has a command there that prints it: it runs, at its smallest."""
+    script, *words = shlex.split(command)
+    if "--markdown docs/measured" not in command:
+        before, behind = map(shlex.split, SMALLEST[script].split("..."))
+        words = before + words + behind
+    assert importlib.import_module(script.removesuffix(".py")).main(words) == 0, capsys.readouterr().err
+    assert re.search(r"\d", capsys.readouterr().out)
+
+
+def test_other_commands_are_started_elsewhere():
+    assert set(ELSEWHERE) <= set(commands())
+    for command, test in ELSEWHERE.items():
+        path, name = test.split("::")
+        (text,) = re.findall(rf"^def {name}\(.*?(?=^\S|\Z)", (ROOT / "tests" / path).read_text(), re.M | re.S)
+        for option in re.findall(r"--[\w-]+", command):
+            assert f'"{option}"' in text, (test, option)
+
+
+def test_all_scripts_have_a_command_on_a_page():
+    scripts = {command.split()[0] for command in commands()}
+    assert scripts == {"-m", "throughput.py", "reproduce.py", *SMALLEST}

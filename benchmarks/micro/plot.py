@@ -14,6 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from oscopt.atomic import writing
+
 from .contenders import BASE, CEILING, READING
 
 _OURS, _PLAIN, _OTHERS = "#1f4e79", "#444444", "#d1495b"
@@ -56,7 +58,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         row = rows[0]
         figure.suptitle(f"{row['device']}, {row['dtype']}, {row['date'][:10]}", fontsize=10)
         for suffix in ("png", "svg"):
-            figure.savefig(path.with_suffix(f".{suffix}"), dpi=130)
+            with writing(path.with_suffix(f".{suffix}")) as file:
+                figure.savefig(file, format=suffix, dpi=130)
         plt.close(figure)
 
 

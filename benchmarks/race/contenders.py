@@ -106,23 +106,25 @@ class _AdjacentCorrelation(AlignedStep):
 
     def __call__(self, measured: Measured) -> Decision:
         _, state, bound = super().__call__(measured)
-        excess = (measured.scale / self.start).log().clamp_min(0.0)
+        start = self.start(len(measured.scale))
+        excess = (measured.scale / start).log().clamp_min(0.0)
         change = self.kappa * measured.correlation.nan_to_num() - self.pull * excess
-        return Decision(measured.scale * torch.exp(change), state, bound)
+        return Decision((measured.scale * torch.exp(change)).clamp_min(self.floor * start), state, bound)
 
 
 def ablations() -> list[Contender]:
     """The rule of "auto" with one part changed each, after gradient descent and the rule itself."""
     # Where nothing is clipped, rho / c is what multiplies b / sigma: it stays what it was.
     rule = AlignedStep()
-    unclipped = AlignedStep(start=rule.start * 1e3 / rule.bound, bound=1e3)
+    unclipped = AlignedStep(length=rule.length * 1e3 / rule.bound, bound=1e3)
     changed = {
         "rho fixed": AlignedStep(kappa=0.0),
         "kappa / 2": AlignedStep(kappa=rule.kappa / 2),
         "kappa x 2": AlignedStep(kappa=rule.kappa * 2),
         "pull / 10": AlignedStep(pull=rule.pull / 10),
-        "rho_1 / 10": AlignedStep(start=rule.start / 10),
-        "rho_1 x 4": AlignedStep(start=rule.start * 4),
+        "no floor": AlignedStep(floor=1e-9),
+        "rho_1 / 10": AlignedStep(length=rule.length / 10),
+        "rho_1 x 4": AlignedStep(length=rule.length * 4),
         "bound / 3": AlignedStep(bound=rule.bound / 3),
         "not bounded": unclipped,
         "one rho for all": AlignedStep(granularity="global"),

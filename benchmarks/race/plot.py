@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from oscopt.atomic import writing
+
 from .contenders import BASE, OURS
 from .results import Row
 
@@ -38,8 +40,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("epochs to the target, as a multiple of the best fixed rate's")
         axis.set_ylabel("share of runs")
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-        for suffix in (".png", ".svg"):
-            figure.savefig(path.with_suffix(suffix), dpi=130)
+        for suffix in ("png", "svg"):
+            with writing(path.with_suffix(f".{suffix}")) as file:
+                figure.savefig(file, format=suffix, dpi=130)
         plt.close(figure)
 
 

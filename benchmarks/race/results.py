@@ -1,18 +1,27 @@
-"""compare.csv: one line a finished run, appended at once."""
+"""compare.csv and its kind: one line a finished run, appended at once."""
 
 from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from oscopt.atomic import writing
 
 from .contenders import BASE
 
 KEY = ("task", "seed", "batch", "contender", "rate")
-COLUMNS = (*KEY, *"epochs target reached seconds final diverged date device threads torch oscopt".split())
+_WHERE = ("date", "device", "threads", "torch", "oscopt")
+COLUMNS = (*KEY, "epochs", "target", "reached", "seconds", "final", "diverged", *_WHERE)
 _NUMBERS = {"seed": int, "batch": int, "epochs": int, "reached": int, "diverged": int}
 _NUMBERS |= {"rate": float, "target": float, "seconds": float, "final": float}
+
+LONGER = (*KEY, "steps", "seconds", "first", "final", "lowest", "held_out", "diverged", *_WHERE)
+"""What the tables of language.py, generalize.py and limits.py are made from: training losses at the start and
+at the end, the lowest one, and what was measured on held-out data."""
+_NUMBERS |= {"steps": int, "first": float, "lowest": float, "held_out": float}
 
 Row = dict[str, Any]
 
@@ -20,23 +29,28 @@ Row = dict[str, Any]
 class Results:
     """The lines of a file.
 
+    Args:
+        path: it is made if it is not there.
+        columns: :data:`KEY` and what else a line has.
+
     Raises:
         OSError: it cannot be read or written.
         ValueError, KeyError: it is no such file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, columns: Sequence[str] = COLUMNS) -> None:
+        self._path, self._columns = path, columns
         self._rows: dict[tuple, Row] = {}
         if not path.exists():
-            with open(path, "w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+            with writing(path, "w") as file:
+                csv.writer(file, lineterminator="\n").writerow(columns)
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         for texts in csv.DictReader(whole):  # the last line may be half of one: it is made again
-            row = {key: _NUMBERS.get(key, str)(texts[key]) if texts[key] else None for key in COLUMNS}
+            row = {key: _NUMBERS.get(key, str)(texts[key]) if texts[key] else None for key in columns}
             self._rows[self._key(row)] = row
         if whole and not path.read_text().endswith("\n"):
-            path.write_text("".join(whole))
+            with writing(path, "w") as file:
+                file.write("".join(whole))
 
     @staticmethod
     def _key(row: Row) -> tuple:
@@ -50,10 +64,14 @@ class Results:
         """Append a line."""
         row = dict(zip(KEY, key, strict=True)) | values | {"rate": float(key[-1])}
         with open(self._path, "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         self._rows[key] = row
         return row
+
+    def rows(self) -> list[Row]:
+        """All lines."""
+        return list(self._rows.values())
 
     def best(self, task: str, seed: int, batch: int | None, contender: str) -> Row | None:
         """The line with the lowest final loss of what was tuned; None: there is none yet."""

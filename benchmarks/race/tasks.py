@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from study import data
 from study.models import build
 
-_load = functools.cache(data.load)  # every run starts anew, and reading takes as long as some runs
+load = functools.cache(data.load)  # every run starts anew, and reading takes as long as some runs
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Task:
     dataset: str | None = None
 
 
-def _classify(model: nn.Module, x: Tensor, y: Tensor) -> Problem:
+def classify(model: nn.Module, x: Tensor, y: Tensor) -> Problem:
+    """The mean cross-entropy of what a model says of `x`, where `y` is right."""
+
     def loss(index: Tensor | None) -> Tensor:
         inputs, labels = (x, y) if index is None else (x[index], y[index])
         return F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten())
@@ -61,10 +63,12 @@ def _classify(model: nn.Module, x: Tensor, y: Tensor) -> Problem:
     return Problem(model, loss, len(x))
 
 
-def _pictures(model: str, dataset: str, n_train: int, image_size: int, width: int, data_root: str | None):
+def pictures(model: str, dataset: str, n_train: int, image_size: int, width: int, data_root: str | None):
+    """One of the study's models on pictures that the seed draws."""
+
     def start(seed: int) -> Problem:
-        x, y = _load(dataset, n_train, image_size, data_root, seed)
-        return _classify(build(model, 1, image_size, width, seed), x, y)
+        x, y = load(dataset, n_train, image_size, data_root, seed)
+        return classify(build(model, 1, image_size, width, seed), x, y)
 
     return start
 
@@ -73,8 +77,8 @@ def _logistic(n_train: int):
     """Regularized, or the loss would have no minimum: 1,000 pictures can be separated."""
 
     def start(seed: int) -> Problem:
-        x, y = _load("mnist5k", n_train, 16, None, seed)
-        problem = _classify(build("linear", 1, 16, 1, seed), x, y)
+        x, y = load("mnist5k", n_train, 16, None, seed)
+        problem = classify(build("linear", 1, 16, 1, seed), x, y)
         weight = problem.model.fc.weight
         return Problem(problem.model, lambda i: problem.loss(i) + 5e-3 * weight.square().sum(), len(x))
 
@@ -83,10 +87,10 @@ def _logistic(n_train: int):
 
 def _mlp(n_train: int):
     def start(seed: int) -> Problem:
-        x, y = _load("mnist5k", n_train, 16, None, seed)
+        x, y = load("mnist5k", n_train, 16, None, seed)
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 10))
-        return _classify(model, x, y)
+        return classify(model, x, y)
 
     return start
 
@@ -125,7 +129,7 @@ def _transformer(n_train: int):
         first = torch.randint(0, tokens, (n_train, half), generator=generator)
         sequences = torch.cat([first, first], 1)
         torch.manual_seed(seed)
-        return _classify(Transformer(tokens, 2 * half - 1), sequences[:, :-1], sequences[:, 1:])
+        return classify(Transformer(tokens, 2 * half - 1), sequences[:, :-1], sequences[:, 1:])
 
     return start
 
@@ -193,7 +197,7 @@ def tasks(batches: bool = False, data_root: str | None = None) -> dict[str, Task
             if forms[batches] is None:
                 continue
             n_train, side, epochs = forms[batches]
-            start = _pictures(model, dataset, n_train, side, _WIDTH, data_root)
+            start = pictures(model, dataset, n_train, side, _WIDTH, data_root)
             found.append(Task(model + suffix, epochs, lr, start, quick and not suffix, dataset))
     found.append(Task("transformer", size(120, 10), 1.0, _transformer(size(32, 1024))))
     return {task.name: task for task in found}

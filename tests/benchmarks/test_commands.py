@@ -25,6 +25,9 @@ import torch
 from study_config import CONFIG
 
 import kernels
+import micro.plot
+import race.plot
+from micro.contenders import BASE, CEILING
 from oscopt import History
 from study import cli, data, figure, memory
 from study.errors import UserError
@@ -63,6 +66,7 @@ def test_history(tmp_path, capsys):
     assert History.load(tmp_path / "stream").steps.tolist() == list(range(1905))
 
 
+@pytest.mark.slow
 def test_throughput(capsys):
     arguments = ("--models", "linear", "--n-train", 40, "--micro-batch", 16, "--threads", 1, "--turns", 1)
     assert called(throughput.main, *arguments, "--seconds", 0.01, "--device", "cpu") == 0
@@ -166,6 +170,7 @@ def test_idx_files_that_do_not_belong_together(tmp_path, labels, words):
 SIGNALS = ((signal.SIGINT, 130), (signal.SIGTERM, 143))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "number", "code"),
     [(script, *SIGNALS[i % 2]) for i, script in enumerate((*SCRIPTS, SCRIPTS[-1], SCRIPTS[0]))],
@@ -193,6 +198,7 @@ def test_a_signal_during_imports(tmp_path, script, number, code):
     assert stderr.startswith("interrupted")
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written(tmp_path):
     """A pipe that nobody reads any more, and a full disk, are noticed at the first line."""
     command = [sys.executable, str(BENCHMARKS / "history.py"), "--steps", "1000000", "--layers", "2"]
@@ -203,6 +209,32 @@ def test_an_output_that_cannot_be_written(tmp_path):
             done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60)
             assert done.returncode == 2
             assert done.stderr == f"error: the output or a file cannot be read or written ({reason})\n"
+
+
+def test_pictures_and_tables_are_whole_or_the_earlier_ones(tmp_path, monkeypatch):
+    """A kill in the midst of writing leaves what was there."""
+
+    def half(figure, file, **options):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plt.Figure, "savefig", half)
+    (tmp_path / "a.png").write_text("earlier")
+    row = dict.fromkeys(kernels.COLUMNS, 1) | {"set": "1e3", "date": "2026-11-25", "threads": 1}
+    rows = [row | {"contender": name} for name in (CEILING, BASE)]
+    for draw in (
+        lambda: race.plot.draw([{"contender": "gd", "epoch_ratio": 1.0}], tmp_path / "a"),
+        lambda: micro.plot.draw(rows, tmp_path / "a"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            draw()
+    (tmp_path / "kernels.csv").write_text("earlier")
+    with pytest.raises(ValueError, match="other"):
+        kernels.append(tmp_path / "kernels.csv", [row, {"other": 1}])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a.png": "earlier",
+        "kernels.csv": "earlier",
+    }
 
 
 def test_what_is_no_users_error_stays_a_traceback(capsys):
@@ -234,6 +266,7 @@ def finished(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [("experiment", "fig99"), ("model", "alexnet"), ("epochs", "x"), ("epochs", -1), ("threads", 10**6),
@@ -254,6 +287,7 @@ def other_model(state):
     return state | {"settings": state["settings"] | {"model": "vgg16"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

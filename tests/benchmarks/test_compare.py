@@ -9,8 +9,8 @@ import compare
 import pytest
 import torch
 
-from race import contenders, plot, table, tasks
-from race.results import COLUMNS, Results
+from race import contenders, language, limits, longer, plot, table, tasks
+from race.results import COLUMNS, LONGER, Results
 from race.train import train
 from study import data
 from study.errors import UserError
@@ -18,9 +18,9 @@ from study.errors import UserError
 pytestmark = pytest.mark.slow
 
 SMALL = tasks.Task("small", 30, 1.0, tasks._quadratic(20.0))
-NET = tasks.Task("net", 3, 0.5, tasks._pictures("linear", "mnist5k", 40, 8, 1, None), dataset="mnist5k")
+NET = tasks.Task("net", 3, 0.5, tasks.pictures("linear", "mnist5k", 40, 8, 1, None), dataset="mnist5k")
 AWAY = tasks.Task(
-    "away", 3, 0.5, tasks._pictures("linear", "fashion-mnist", 40, 8, 1, None), False, "fashion-mnist"
+    "away", 3, 0.5, tasks.pictures("linear", "fashion-mnist", 40, 8, 1, None), False, "fashion-mnist"
 )
 
 
@@ -151,6 +151,56 @@ def test_ablations(small_tasks, tmp_path, capsys):
     assert {name for name, final in finals.items() if final == finals["auto"]} == {"auto", *same}
 
 
+@pytest.mark.parametrize("table", compare.TABLES)
+def test_longer_runs_go_on_where_they_ended(table, tmp_path, capsys, monkeypatch):
+    arguments = [f"--{table}", "--quick", "--seeds", "0,1", "--out", str(tmp_path)]
+    assert compare.main(arguments) == 0
+    with open(tmp_path / f"{table}.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(LONGER) and {row["seed"] for row in rows} == {"0", "1"}
+    assert {"auto", "adamw", "heavy ball"} <= {row["contender"] for row in rows}
+    known = [row for row in rows if row["diverged"] == "0"]
+    assert all(0 < float(row["lowest"]) <= float(row["final"]) <= float(row["first"]) for row in known)
+    text = (tmp_path / f"{table}.md").read_text()
+    assert text in capsys.readouterr().out and "| auto" in text
+
+    lines = (tmp_path / f"{table}.csv").read_text().splitlines(keepends=True)
+    (tmp_path / f"{table}.csv").write_text("".join(lines[:-1]))
+    made = []
+    once = longer.Results.add
+    monkeypatch.setattr(longer.Results, "add", lambda *a: made.append(a) or once(*a))
+    assert compare.main(arguments) == 0
+    assert len(made) == 1 and (tmp_path / f"{table}.md").read_text() == text
+
+
+def test_a_run_of_the_language_model_is_a_plain_loop():
+    """Warm-up and cosine decay, held-out text that is not trained on; a run that diverges ends."""
+    text, held, tokens = language.corpus()
+    assert len(held) == 40_000 and 0 <= text.min() and text.max() < tokens < 128
+    assert tokens == len(torch.cat([text, held]).unique())
+    model = language.GPT(tokens, language.FULL.length, language.FULL.width, language.FULL.depth)
+    assert 1.0e6 < sum(p.numel() for p in model.parameters()) < 1.1e6
+    times = language.warmup_cosine(100)
+    assert [times(t) for t in (0, 4, 5, 100)] == pytest.approx([0.2, 1.0, 1.0, 0.0])
+    away = language.train(longer.method("heavy ball", 1e4), language.QUICK, 0)
+    assert away["held_out"] == math.inf and away["steps"] < language.QUICK.steps - 1
+
+
+def test_losses_of_any_scale_make_the_same_steps():
+    """Of "auto"; on rare rows what is held out is the loss on those."""
+    found = {}
+    for case in limits.cases(True):
+        if case.section == "scale" and case.task.name.startswith("mlp"):
+            factor = float(case.task.name.rpartition(" ")[2])
+            found[factor] = limits._run(case, longer.method("auto", 1.0), 0)["final"] / factor
+    assert list(found) == [1.0, 1e-6, 1e6] and list(found.values()) == pytest.approx(
+        [found[1.0]] * 3, rel=1e-4
+    )
+    (case,) = (case for case in limits.cases(True) if case.section == "rare rows")
+    row = limits._run(case, longer.method("adamw", 1e-2), 0)
+    assert row["final"] < row["held_out"] < 2 * math.log(limits.CLASSES)
+
+
 def test_pictures_that_are_not_there(small_tasks, tmp_path, capsys, monkeypatch):
     """Their tasks are left out with one line; asked for by name, or by a folder, they are an error."""
     load = data.load
@@ -161,7 +211,7 @@ def test_pictures_that_are_not_there(small_tasks, tmp_path, capsys, monkeypatch)
         return load(name, *rest)
 
     monkeypatch.setattr(data, "load", without)
-    monkeypatch.setattr(tasks, "_load", without)
+    monkeypatch.setattr(tasks, "load", without)
     options = ["--contenders", "gd", "--seeds", "0", "--out", str(tmp_path)]
     assert compare.main(options) == 0
     printed = capsys.readouterr().out
@@ -190,6 +240,8 @@ def test_no_target_and_divergence_have_their_words(tmp_path):
         (["--only", "cnn,unknown"], "unknown task 'unknown'"),
         (["--only", "quadratic-1e2", "--batch", "8"], "quadratic-1e2 has no form for mini-batches"),
         (["--contenders", "adams"], "there is no 'adams'"),
+        (["--lm", "--only", "cnn"], "--lm has no --only; leave it out"),
+        (["--limits", "--generalize"], "not allowed with argument"),
         (["--batch", "0"], "is not a whole number greater than 0"),
         (["--seeds", "0,x"], "'x' is not a whole number"),
         (["--out", "/dev/null/x"], "give a folder that can be written"),

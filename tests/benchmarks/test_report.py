@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 import shutil
@@ -24,7 +25,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 
-def wave(epochs: int, layers: int, optimizer: str = "oscgd") -> rules.Record:
+@functools.cache
+def wave(epochs: int, layers: int) -> rules.Record:
     """A run whose correlations are waves, different in each layer."""
     t, i = np.arange(epochs)[:, None], np.arange(layers)[None]
     values = np.cos(t / epochs * 6 + i / 7)
@@ -37,8 +39,12 @@ def wave(epochs: int, layers: int, optimizer: str = "oscgd") -> rules.Record:
         history.commit(step, np.full(layers, 0.1), np.full(layers, 0.1))
     loss = np.exp(-np.arange(epochs) / epochs * 5)
     sharpness = np.where(np.arange(epochs) % 100 == 0, 19.0, np.nan)
-    updates = None if optimizer == "oscgd" else history
-    return rules.Record(history, loss, loss, loss, sharpness, updates)
+    return rules.Record(history, loss, loss, loss, sharpness, None)
+
+
+def of_adam(record: rules.Record) -> rules.Record:
+    """The same with updates, which are not the gradients' multiples."""
+    return replace(record, updates=record.history)
 
 
 def page_of(record: rules.Record, config=CONFIG) -> str:
@@ -110,7 +116,7 @@ def test_nothing_overflows(tmp_path, width):
         Math.min(...panels.map((p) => p.getBoundingClientRect().width)) > 280,
         new Set(panels.map((p) => Math.round(p.getBoundingClientRect().left))).size];
     """
-    page = page_of(wave(60, 41, "adam"), replace(CONFIG, optimizer="adam"))
+    page = page_of(of_adam(wave(60, 41)), replace(CONFIG, optimizer="adam"))
     assert browse(page, tmp_path, script, width) == f"[true,true,true,{1 if width == 340 else 2}]"
 
 
@@ -131,9 +137,8 @@ def test_the_page_of_all_rows_stays_small():
     record = wave(30_000, 73)
     drawn = figure.svg(figure.draw(record, {}, CONFIG))
     heat = report.heat_map(record.layers, record.history.layer_names, "correlation")
-    beside = figure.svg(
-        figure.draw_beside(wave(30_000, 73, "adam"), replace(CONFIG, optimizer="adam"), record, CONFIG)
-    )
+    adam = replace(CONFIG, optimizer="adam")
+    beside = figure.svg(figure.draw_beside(of_adam(record), adam, record, CONFIG))
     verdicts = [rules.judge(("smooth_first",) * 5, wave(20, 2))] * 3
     outcomes = [
         report.Outcome(

@@ -48,6 +48,8 @@ def test_from_nothing_to_the_table_and_again(tmp_path, call):
         2,
         "--threads",
         1,
+        "--seeds",
+        0,
     )
     code, stdout, stderr = call(*options, "--out", out, "--markdown", results)
     assert code == 0, (stdout, stderr)

@@ -5,42 +5,49 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from oscopt.kernels.aot import VARIANTS
+from oscopt.kernels.aot import TARGETS, VARIANTS, main
 
 pytestmark = pytest.mark.slow
 
 
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+COMMAND = (sys.executable, "-m", "oscopt.kernels.aot")
+
+
 def aot(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "oscopt.kernels.aot", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=280
+    )
 
 
-@pytest.fixture(scope="module")
-def reports() -> list[dict]:
-    """All variants for float32 and bfloat16, all targets."""
-    done = aot("--json", "--dtype", "float32", "bfloat16")
+@pytest.fixture(scope="module", params=TARGETS)
+def reports(request) -> list[dict]:
+    """All variants for float32 and bfloat16, one target."""
+    done = aot("--json", "--target", request.param, "--dtype", "float32", "bfloat16")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_every_variant_is_there(reports):
-    kinds = {(r["target"], r["dtype"], r["variant"]) for r in reports}
-    targets = {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
-    assert {target for target, _, _ in kinds} == targets
-    assert len(kinds) == len(targets) * (2 * len(VARIANTS) + 1)
+    kinds = {(r["dtype"], r["variant"]) for r in reports}
+    assert len({r["target"] for r in reports}) == 1 and len(kinds) == 2 * len(VARIANTS) + 1
+
+
+def test_targets():
+    assert TARGETS == ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
 def test_every_step_that_can_be_taken_is_a_variant():
     """Measured or not, with and without momentum, copies, scales and bounds: what the backend may launch."""
     for pair, align, update, momentum, copy, scaled, bounded in itertools.product((False, True), repeat=7):
         possible = (update or not (momentum or scaled or align)) and (pair or not copy)
-        possible &= momentum or not bounded
+        possible &= momentum and scaled or not bounded
         if (pair or update) and possible and (momentum and not pair or not align):
             name = "align" if align else "monitor" if not update else "measure" if pair else "update"
             parts = {"momentum": momentum, "copy": copy, "scaled": scaled, "bounded": bounded}
@@ -78,8 +85,40 @@ def test_table_for_people():
     assert row.startswith("cuda:90     float32   measure") and "3 load 128, 1 store 128" in row
 
 
-@pytest.mark.parametrize("target", ["nonsense", "cuda:", "cuda:12", "hip:gfx0000"])
-def test_unknown_target(target):
+@pytest.mark.parametrize(
+    ("end", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "interrupted"),
+        (None, 2, "error: the output cannot be read or written (Broken pipe)"),
+    ],
+)
+def test_an_early_end(tmp_path, end, code, line):
+    """By a signal, or as nobody reads on: one line, and no traceback."""
+    process = subprocess.Popen(
+        COMMAND,
+        env=ENVIRONMENT | {"TRITON_CACHE_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("target")
+    if end is None:
+        process.stdout.close()
+    else:
+        process.send_signal(end)
+    assert process.stderr.read() == line + "\n"
+    assert process.wait() == code
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("target", ["nonsense", "cuda:"])
+def test_no_target(target, capsys):
+    assert main(["--target", target]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and len(error.strip().splitlines()) == 1 and repr(target) in error
+
+
+@pytest.mark.parametrize("target", ["cuda:12", "hip:gfx0000"])
+def test_target_that_the_compiler_does_not_know(target):
     done = aot("--target", target)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and repr(target) in done.stderr

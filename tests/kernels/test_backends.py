@@ -244,7 +244,7 @@ def test_not_finite_goes_through_the_bound(name, dtype):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("measured", [False, True])
 def test_bounded_steps(name, dtype, scaled, measured):
-    """Clipped momentum and decoupled weight decay, whatever the lookahead; plain where nothing bounds."""
+    """Clipped momentum, decoupled weight decay, whatever the lookahead; plain steps where nothing bounds."""
     sizes, layer_of, bounds = [9000, 70, 5000, 33, 40], [1, 0, -1, 1, 2], [0.25, 2.0, math.inf]
     params, grads, bufs = (
         [torch.full((n,), v, dtype=dtype, device=DEVICE) for n in sizes] for v in (8, 2, -4)

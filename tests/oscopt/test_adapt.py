@@ -175,7 +175,7 @@ def test_cosine_target_shifts_the_balance():
 def aligned(gradient, x, sizes, steps, lr, rule, weight_decay=0.0):
     """The rule written out in float64, for layers of `sizes` elements: scales, x."""
     layers = np.repeat(np.arange(len(sizes)), sizes)
-    b, rho = np.zeros_like(x), np.full(len(sizes), rule.start)
+    b, rho = np.zeros_like(x), np.full(len(sizes), rule.start(len(sizes)))
     total, sigma, scales = np.zeros(len(sizes)), np.zeros(len(sizes)), []
 
     def sums(a, b):
@@ -191,7 +191,10 @@ def aligned(gradient, x, sizes, steps, lr, rule, weight_decay=0.0):
         direction = np.divide(np.clip(b, -bound, bound), bound, out=np.zeros_like(b), where=bound > 0)
         shrink = np.where(bound > 0, weight_decay, 0.0) * x
         x = x - lr(t) * rho[layers] * (direction + shrink)
-        rho = rho * np.exp(rule.kappa * cos - rule.pull * np.maximum(np.log(rho / rule.start), 0.0))
+        rho = rho * np.exp(
+            rule.kappa * cos - rule.pull * np.maximum(np.log(rho / rule.start(len(sizes))), 0.0)
+        )
+        rho = np.maximum(rho, rule.floor * rule.start(len(sizes)))
         total = total + sums(g, g)
         sigma = np.sqrt(np.maximum(total / (t + 1), sums(g, g)) / np.array(sizes) / (1 - rule.momentum**2))
     return np.array(scales), x
@@ -270,7 +273,7 @@ def test_auto_in_noise_alone_goes_nowhere_fast():
         for p in parameters:
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p)
         optimizer.step()
-    scale = optimizer.history.step_scale / AlignedStep().start
+    scale = optimizer.history.step_scale / AlignedStep().start(4)
     assert 0.3 < scale.min() and scale.max() < 3
 
 
@@ -287,7 +290,7 @@ def test_auto_starts_at_the_first_gradient_that_is_not_zero():
     x, optimizer = auto_with([0.0, 0.0, 0.0, 1.0, 1.0])
     y, other = auto_with([1.0, 1.0])
     assert torch.equal(x, y) and torch.equal(optimizer.step_scale, other.step_scale)
-    assert x.max() < 0 and x.abs().max() <= AlignedStep().start * (1 + 1e-12)
+    assert x.max() < 0 and x.abs().max() <= AlignedStep().start(1) * (1 + 1e-12)
 
 
 def test_a_layer_that_rests_is_as_it_was():
@@ -372,7 +375,7 @@ def test_a_layer_that_is_added_to_auto():
     before = optimizer.step_scale.clone()
     bound = optimizer.state_dict()["param_groups"][0]["step_bound"]
     optimizer.add_param_group({"params": list(net[4].named_parameters("4"))})
-    assert optimizer.step_scale.tolist() == [before.item(), AlignedStep().start]
+    assert optimizer.step_scale.tolist() == [before.item(), AlignedStep().start(2)]
     start = [p.detach().clone() for p in net[4].parameters()]
     train(net, optimizer, 1)
     assert all(torch.equal(p, q) for p, q in zip(net[4].parameters(), start, strict=True))
@@ -741,7 +744,7 @@ def test_bad_cosine(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"start": 0.0}, {"kappa": -0.1}, {"pull": 0.0}, {"bound": 0.0}, {"momentum": 1.0}],
+    [{"length": 0.0}, {"kappa": -0.1}, {"pull": 0.0}, {"floor": 1.0}, {"bound": 0.0}, {"momentum": 1.0}],
     ids=str,
 )
 def test_bad_rule(options):

@@ -183,44 +183,105 @@ def test_lightning(tmp_path, kind):
         assert not again._optimizer._optimizer_step_pre_hooks
 
 
-# ---- Hugging Face ----------------------------------------------------------------------------------------
+def test_lightning_training_that_raises(tmp_path):
+    pytest.importorskip("lightning")
+    import lightning.pytorch as pl
 
+    from oscopt.lightning import OscCallback
 
-@pytest.mark.parametrize("kind", ["oscgd", "adamw"])
-def test_hugging_face(tmp_path, kind):
-    pytest.importorskip("accelerate")
-    transformers = pytest.importorskip("transformers")
-    from oscopt.huggingface import OscTrainerCallback
-
-    class Model(nn.Module):
+    class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
             self.net = small_net(device="cpu")
+            self.optimizer = torch.optim.Adam(self.parameters())
 
-        def forward(self, x, labels):
-            scores = self.net(x)
-            return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
+        def training_step(self, pair, number):
+            if number == self.ends_at:
+                raise RuntimeError("out of luck")
+            return nn.functional.cross_entropy(self.net(pair[0]), pair[1])
 
-    model, said = Model(), []
-    callback = OscTrainerCallback(log=said.append, log_layers=True, what=("grad", "update"))
+        def configure_optimizers(self):
+            return self.optimizer
+
+    def fit():
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[callback],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(pictures, batch_size=None))
+
+    pictures = [tuple(t.cpu() for t in batch(seed)) for seed in range(3)]
+    module, callback = Module(), OscCallback()
+    module.ends_at = 2
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit()
+    assert len(callback.meters[0].history) == 2 and not module.optimizer._optimizer_step_pre_hooks
+    module.ends_at = None
+    fit()
+    assert len(callback.meters[0].history) == 3 and not module.optimizer._optimizer_step_pre_hooks
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------------
+
+
+class Loss(nn.Module):
+    """A model as the Trainer wants it; its forward pass number `ends_at` raises."""
+
+    def __init__(self, ends_at=None):
+        super().__init__()
+        self.net = small_net(device="cpu")
+        self.ends_at, self.passes = ends_at, 0
+
+    def forward(self, x, labels):
+        self.passes += 1
+        if self.passes == self.ends_at:
+            raise RuntimeError("CUDA out of memory.")
+        scores = self.net(x)
+        return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
+
+
+def trainer_of(model, callback, folder, optimizer=None, **options):
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
     batches = [batch(seed, device="cpu") for seed in range(2)]
-    pictures = [{"x": x, "labels": y} for pair in batches for x, y in zip(*pair, strict=True)]
-    trainer = transformers.Trainer(
+    return transformers.Trainer(
         model,
         transformers.TrainingArguments(
-            output_dir=tmp_path,
-            max_steps=6,
-            logging_steps=2,
-            gradient_accumulation_steps=2,
+            output_dir=folder,
             per_device_train_batch_size=8,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
             save_strategy="no",
+            **options,
         ),
-        train_dataset=pictures,
+        train_dataset=[{"x": x, "labels": y} for pair in batches for x, y in zip(*pair, strict=True)],
         callbacks=[callback],
-        optimizers=(OscGD(model.named_parameters(), lr=0.01) if kind == "oscgd" else None, None),
+        optimizers=(optimizer, None),
+    )
+
+
+@pytest.mark.parametrize("kind", ["oscgd", "adamw"])
+def test_hugging_face(tmp_path, kind):
+    pytest.importorskip("transformers")
+    from oscopt.huggingface import OscTrainerCallback
+
+    model, said = Loss(), []
+    callback = OscTrainerCallback(log=said.append, log_layers=True, what=("grad", "update"))
+    trainer = trainer_of(
+        model,
+        callback,
+        tmp_path,
+        OscGD(model.named_parameters(), lr=0.01) if kind == "oscgd" else None,
+        max_steps=6,
+        logging_steps=2,
+        gradient_accumulation_steps=2,
     )
     trainer.train()
     assert callback.meter.history.steps.tolist() == list(range(6))
@@ -232,3 +293,37 @@ def test_hugging_face(tmp_path, kind):
     if kind == "adamw":
         assert isinstance(callback.meter, OscMonitor)
         assert not callback.meter._optimizer._optimizer_step_pre_hooks
+
+
+def test_hugging_face_training_that_raises(tmp_path):
+    """A Trainer tells nobody: the next training lets go of what this one has left, or `detach` does."""
+    pytest.importorskip("transformers")
+    from oscopt.huggingface import OscTrainerCallback
+
+    model, callback = Loss(ends_at=3), OscTrainerCallback()
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = trainer_of(model, callback, tmp_path, optimizer, max_steps=4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    left = callback.meter
+    assert len(left.history) == 2
+    trainer.train()
+    assert callback.meter is not left and len(callback.meter.history) == 4 and len(left.history) == 2
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    model.passes = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    callback.detach()
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_hugging_face_finds_the_batch_size(tmp_path):
+    """It begins a training again after one that raised, in one call."""
+    pytest.importorskip("transformers")
+    from oscopt.huggingface import OscTrainerCallback
+
+    model, callback = Loss(ends_at=2), OscTrainerCallback()
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer_of(model, callback, tmp_path, optimizer, max_steps=3, auto_find_batch_size=True).train()
+    assert model.passes == 2 + 3 and callback.meter.history.steps.tolist() == [0, 1, 2]
+    assert not optimizer._optimizer_step_pre_hooks

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -326,33 +328,51 @@ def test_all_parameters_leave():
     other = [nn.Parameter(torch.ones(2, device=DEVICE))]
     optimizer.param_groups[0]["params"] = other
     steps(optimizer, other, 2)
-    assert (other[0] < 1).all() and len(monitor.history) in (2, 4)
+    assert (other[0] < 1).all() and monitor.history.steps.tolist() == [0, 1, 2, 3]
     optimizer.param_groups[0]["params"] = params
     steps(optimizer, params, 2)
+    assert monitor.history.steps.tolist() == list(range(6))
     assert np.isfinite(monitor.history.correlation()[-1]).all()
 
 
 class Unconvertible:
-    def __float__(self):
+    def __sub__(self, other):
         raise RuntimeError("no number")
+
+    __float__ = __sub__
+
+
+class Own(torch.optim.SGD):
+    """Finds its own rate."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p -= 0.5 * p.grad
+
+
+def type_of(value):
+    return type(value).__name__
+
+
+NUMBERS = [0.5, 1, np.float32(0.5), np.array(0.5), Fraction(1, 2), Decimal("0.5"), torch.tensor([0.5])]
+NO_NUMBERS = [None, "adaptive", "0.1", b"0.1", object(), 10**400, 1j, torch.tensor(1j), Unconvertible()]
 
 
 @pytest.mark.parametrize(
-    "lr", [None, "adaptive", object(), 10**400, Unconvertible()], ids=lambda v: type(v).__name__
+    "lr, recorded",
+    [*((lr, float(lr)) for lr in NUMBERS), *((lr, np.nan) for lr in NO_NUMBERS)],
+    ids=type_of,
 )
-def test_a_rate_that_is_no_number(lr):
-    class Own(torch.optim.SGD):
-        @torch.no_grad()
-        def step(self, closure=None):
-            for p in self.param_groups[0]["params"]:
-                p -= 0.5 * p.grad
-
+def test_rates_of_any_type(lr, recorded):
+    """What is no number is NaN, and ends nothing."""
     params, named = pieces()
     optimizer = Own(params, lr=0.1)
     optimizer.param_groups[0]["lr"] = lr
     monitor = OscMonitor(optimizer, named)
     steps(optimizer, params, 3)
-    assert np.isnan(monitor.history.lr).all() and np.isnan(monitor.history.curvature()).all()
+    np.testing.assert_array_equal(monitor.history.lr, np.full((3, 3), recorded))
+    assert np.isnan(monitor.history.curvature()).all() == np.isnan(recorded)
     assert monitor.correlation.tolist() == pytest.approx([1, 1, 1])
 
 
@@ -379,6 +399,105 @@ def test_a_wrapper_that_only_forwards():
     monitor = OscMonitor(optimizer, named)
     steps(optimizer, params, 2)
     assert monitor.correlation.tolist() == pytest.approx([1, 1, 1])
+
+
+def test_accelerate():
+    """Its wrapper is one of torch's optimizers by its class only, and steps once in two backward passes."""
+    accelerate = pytest.importorskip("accelerate")
+    results = []
+    for monitored in (False, True):
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        net, seen = small_net(device="cpu"), []
+        net, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=0.01))
+        monitor = OscMonitor(optimizer, net.named_parameters()) if monitored else None
+        optimizer.optimizer.register_step_pre_hook(lambda *_, n=net, s=seen: s.append(gradients(n)))
+        for seed in range(8):
+            x, y = batch(seed, device="cpu")
+            with accelerator.accumulate(net):
+                accelerator.backward(nn.functional.cross_entropy(net(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append(weights(net))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert monitor.history.steps.tolist() == [0, 1, 2, 3] and len(seen) == 4
+    wanted = exact_correlations(seen, [4, 5])
+    np.testing.assert_allclose(monitor.history.correlation()[1:, 2], wanted, atol=2e-6)
+
+
+# ---- what fails ------------------------------------------------------------------------------------------
+
+
+def fail_in(monkeypatch, holder, name, calls):
+    """Let those calls of a method fail, counted from 0."""
+    original, count = getattr(holder, name), iter(range(1000))
+
+    def method(*args, **kwargs):
+        if next(count) in calls:
+            raise OSError("no space left")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(holder, name, method)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("fails", ["grad", "update"])
+def test_failure_before_or_after_the_step(monkeypatch, fails, capturable):
+    """What could be measured of the step stays; the other has a row of NaN, and no pair in the next."""
+    params, named = pieces()
+    optimizer = torch.optim.AdamW(params, lr=0.1)
+    monitor = OscMonitor(optimizer, named, ("grad", "update"), capturable=capturable)
+    fail_in(monkeypatch, monitor._engines[fails], "step", {2})
+    steps(optimizer, params, 2)
+    with pytest.warns(UserWarning, match="could not measure step 2 .*: no space left"):
+        steps(optimizer, params, 1)
+    steps(optimizer, params, 2)
+    alone = pieces()[0]
+    steps(torch.optim.AdamW(alone, lr=0.1), alone, 5)
+    assert all(torch.equal(a, b) for a, b in zip(params, alone, strict=True))
+    # What fails before the step has kept the monitor from copying the parameters.
+    lost = {"grad": [0, 2, 3] if fails == "grad" else [0], "update": [0, 2, 3]}
+    for what, history in (("grad", monitor.history), ("update", monitor.update_history)):
+        assert history.steps.tolist() == list(range(5))
+        for column in history.dot.T:
+            assert np.isnan(column).nonzero()[0].tolist() == lost[what]
+        assert np.isnan(history.sq_norm).all(1).nonzero()[0].tolist() == ([2] if 2 in lost[what] else [])
+
+
+def test_record_that_cannot_be_written(monkeypatch):
+    """Not even the row of NaN: the training and the count of steps go on."""
+    params, named = pieces()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    monitor = OscMonitor(optimizer, named)
+    fail_in(monkeypatch, monitor.history, "next_row", {2, 3})  # for what is measured, then for NaN
+    steps(optimizer, params, 2)
+    with pytest.warns(UserWarning, match="could not measure step 2 .*: no space left"):
+        steps(optimizer, params, 1)
+    steps(optimizer, params, 2)
+    torch.testing.assert_close(params[0].detach(), torch.full((2,), 0.5, device=DEVICE))
+    assert monitor.history.steps.tolist() == [0, 1, 3, 4]
+    assert np.isnan(monitor.history.dot[:, 0]).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("what", ["grad", "update", ("grad", "update")], ids=str)
+def test_edit_that_cannot_be_followed_at_once(monkeypatch, what, capturable):
+    params, named = pieces()
+    optimizer = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.1)
+    monitor = OscMonitor(optimizer, named, what, capturable=capturable)
+    steps(optimizer, params, 2)
+    del optimizer.param_groups[0]
+    tries = 1 if isinstance(what, str) else 2  # the last quantity's
+    fail_in(monkeypatch, monitor, "_new_engine", {tries - 1})
+    with pytest.warns(UserWarning, match="could not measure step 2 .*: no space left"):
+        steps(optimizer, params, 1)
+    steps(optimizer, params, 2)
+    for key in monitor.what:
+        history = monitor.history if key == "grad" else monitor.update_history
+        assert history.steps.tolist() == list(range(5))
+        known = np.isfinite(history.dot)
+        assert known[:, 0].tolist() == [False, True, False, False, False]
+        assert known[:, 1].tolist() == [False, True, False, False, True]
+        assert np.isnan(history.sq_norm[2:, 0]).all() and np.isfinite(history.sq_norm[3:, 1]).all()
 
 
 def test_sparse_gradients_are_nan_with_one_warning():

@@ -102,7 +102,10 @@ def errors(grads: dict[str, list], seeds: int) -> tuple[np.ndarray, np.ndarray, 
     order = list(dict.fromkeys(layers))
     index = [order.index(layer) for layer in layers]
     first = [grads[n][0] for n in names]
-    estimated = [any(sketch.sketched(g) for g, i in zip(first, index, strict=True) if i == j) for j in range(len(order))]
+    estimated = [
+        any(sketch.sketched(g) for g, i in zip(first, index, strict=True) if i == j)
+        for j in range(len(order))
+    ]
     backend = kernels.backend("auto", torch.device("cpu"))
     exact = np.zeros((3, len(grads[names[0]]) - 1, len(order)))
     for n, i in zip(names, index, strict=True):

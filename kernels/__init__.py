@@ -255,7 +255,9 @@ class Plan:
             out: float32, shape (L, k'), overwritten; k' is a power of two, at most 1024.
         """
         out.zero_()
-        index = sorted((i for i, layer in enumerate(self._layer_of) if layer >= 0), key=self._layer_of.__getitem__)
+        index = sorted(
+            (i for i, layer in enumerate(self._layer_of) if layer >= 0), key=self._layer_of.__getitem__
+        )
         for dtype in dict.fromkeys(kept[i].dtype for i in index):
             chosen = [i for i in index if kept[i].dtype == dtype]
             values = (pick(v, chosen) for v in (kept, self._layer_of, self._seeds))

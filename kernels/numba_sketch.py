@@ -330,7 +330,8 @@ def _chunk(p, g, kept, buf, twice, first, n, seed, ahead, align, row, scale, bou
     product = sq_norm * prev_sq_norm
     rest = 1 - dot * dot / product if product != 0 else 0.0
     dot *= 1 + rest / (2 * BUCKETS)
-    variance = product * rest * rest / BUCKETS
+    runs = (n + BUCKETS - 1) // BUCKETS
+    variance = product * rest * rest * (1 - 1 / runs) / BUCKETS
     sign = row[5] if p != 0 else 1.0
     return dot, sq_norm, diff_sq_norm, prev_sq_norm, sign * alignment, momentum_sq_norm, variance
 

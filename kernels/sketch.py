@@ -11,7 +11,7 @@ Of two kept chunks a and b, with cosine c,
 
 * <g, g'> is estimated by <a, b> (1 + (1 - c^2) / 2k): the cosine of sketches is biased towards 0 by that
   factor, at first order;
-* its variance is ||a||^2 ||b||^2 (1 - c^2)^2 / k;
+* its variance is ||a||^2 ||b||^2 (1 - c^2)^2 (1 - 1/R) / k, for R runs: elements of one run never meet;
 * ||g - g'||^2 is estimated by ||a - b||^2, which keeps its relative accuracy however close they are.
 
 Of a tensor of at most :data:`WHOLE` elements the gradient itself is kept, by the backend's own kernel.
@@ -134,14 +134,14 @@ def stretched(chunk: Tensor, first: int, seed: int) -> Tensor:
     return torch.where(sq_norm == 0, 0.0, buckets * (sq_norm / buckets.dot(buckets)).sqrt())
 
 
-def compare(kept: Tensor, prev: Tensor) -> Tensor:
-    """What :data:`ESTIMATED` names, of one chunk, from what is kept of two gradients: float64, shape (4,)."""
+def compare(kept: Tensor, prev: Tensor, runs: int) -> Tensor:
+    """What :data:`ESTIMATED` names, of a chunk of so many runs, from what is kept of two gradients: float64, (4,)."""
     kept, prev = kept.double(), prev.double()
     diff = kept - prev
     dot, prev_sq_norm = kept.dot(prev), prev.dot(prev)
     product = kept.dot(kept) * prev_sq_norm
     rest = torch.where(product == 0, 0.0, 1 - dot * dot / product)
-    corrected, variance = dot * (1 + rest / (2 * BUCKETS)), product * rest * rest / BUCKETS
+    corrected, variance = dot * (1 + rest / (2 * BUCKETS)), product * rest * rest * (1 - 1 / runs) / BUCKETS
     return torch.stack([corrected, diff.dot(diff), prev_sq_norm, variance])
 
 
@@ -190,6 +190,6 @@ class Batch(torch_backend.Batch):
         step = chunk_size(size)
         for n, (chunk, place) in enumerate(zip(flat.split(step), kept.split(BUCKETS), strict=True)):
             new = stretched(chunk, n * step, self._seeds[i])
-            sums += compare(new, place)
+            sums += compare(new, place, -(-len(chunk) // BUCKETS))
             place.copy_(new)
         return sums

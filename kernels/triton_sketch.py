@@ -104,6 +104,7 @@ def chunk_kernel(
     pointers_ptr,  # int64 (4, N)
     tensor_ptr,  # int32 (chunks,): each chunk's tensor
     number_ptr,  # int32 (chunks,): its number there
+    runs_ptr,  # int32 (chunks,): how many runs it has
     bounds_ptr,  # int32 (chunks + 1,): its first tile
     tile_ptr,  # float64 (tiles, 6): the tiles' sums
     bucket_ptr,  # (tiles, BUCKETS)
@@ -151,7 +152,8 @@ def chunk_kernel(
     tl.store(partial_ptr + 3, prev_sq_norm)
     tl.store(partial_ptr + 4, tl.sum(alignment))
     tl.store(partial_ptr + 5, tl.sum(momentum_sq_norm))
-    tl.store(partial_ptr + 6, product * rest * rest / BUCKETS)
+    different = 1 - 1 / tl.load(runs_ptr + chunk).to(tl.float64)
+    tl.store(partial_ptr + 6, product * rest * rest * different / BUCKETS)
 
 
 @triton.jit
@@ -208,6 +210,7 @@ class Batch(triton_backend.Batch):
         of_chunk, first, last = _cut(sizes, [chunk_size(size) for size in sizes.tolist()])
         chunk_of, start, stop = _cut(last - first, TILE)
         start, stop = start + first[chunk_of], stop + first[chunk_of]
+        runs = -(-(last - first) // BUCKETS)
         number = np.arange(len(of_chunk)) - np.searchsorted(of_chunk, of_chunk)
         tile_bounds = np.searchsorted(chunk_of, np.arange(len(of_chunk) + 1))
         chunk_bounds = np.searchsorted(np.asarray(layer_of)[of_chunk], np.arange(num_layers + 1))
@@ -217,7 +220,7 @@ class Batch(triton_backend.Batch):
             "stop_ptr": self._upload(stop),
             "seed_ptr": self._upload(np.array(seeds, np.int64)),
         }
-        self._chunks = [self._upload(x.astype(np.int32)) for x in (of_chunk, number, tile_bounds)]
+        self._chunks = [self._upload(x.astype(np.int32)) for x in (of_chunk, number, runs, tile_bounds)]
         self._chunk_bounds = self._upload(chunk_bounds.astype(np.int32))
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
@@ -238,7 +241,14 @@ class Batch(triton_backend.Batch):
         sketch_kernel[(tiles,)](**arguments, **chosen, **options(self._dtype))
         kept = {"KEPT": _ELEMENT[kept_dtype(self._dtype)], "BUCKETS": BUCKETS}
         chunk_kernel[(chunks,)](
-            arguments["pointers_ptr"], *self._chunks, sums, buckets, partials, len(grads), **kept, **SMALL_OPTIONS
+            arguments["pointers_ptr"],
+            *self._chunks,
+            sums,
+            buckets,
+            partials,
+            len(grads),
+            **kept,
+            **SMALL_OPTIONS,
         )
         self._reduce(partials, self._chunk_bounds, True, bufs is not None, out)
 

@@ -582,7 +582,9 @@ class Engine:
             vectors += there.to(self.device)
         return vectors
 
-    def _finish(self, row: Tensor, vectors: Tensor | None, before: Tensor | None, rates: tuple) -> partial | None:
+    def _finish(
+        self, row: Tensor, vectors: Tensor | None, before: Tensor | None, rates: tuple
+    ) -> partial | None:
         """Bring the ranks' sums together and finish the row; what of it is left for later, if any."""
         sums = row[: self._sums]
         if self.ranks is None:

@@ -511,7 +511,9 @@ class History:
         blocks = self._all_blocks()
         for i in chosen:
             rows = [_widened(block.sums[:, first:], width)[:, :, i : i + 1] for block in blocks]
-            vectors = _unpacked(np.concatenate([np.zeros((0, k // 2, 1)), *rows]))[places, 0].astype(np.float64)
+            vectors = _unpacked(np.concatenate([np.zeros((0, k // 2, 1)), *rows]))[places, 0].astype(
+                np.float64
+            )
             weight = outer(np.sqrt(sq_norms[:, i]))
             with np.errstate(divide="ignore", invalid="ignore"):
                 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -35,7 +35,9 @@ class Window:
         self._device = device
         self._ranks = ranks
         self._steps: list[int | Tensor] = []
-        self._gradients: list[list[tuple[int, Tensor, bool]]] = []  # per step: (layer, copy, whether it is a sketch)
+        self._gradients: list[
+            list[tuple[int, Tensor, bool]]
+        ] = []  # per step: (layer, copy, whether it is a sketch)
         self._present: list[list[int]] = []  # per step: the parameters that had gradients
         self._sums: np.ndarray | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sketch as measure_sketch
 import torch
 from helpers import BACKENDS
 
@@ -137,7 +138,10 @@ def test_measuring_alone_measures_the_same(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_for_any_number_of_threads(dtype):
-    (params, out, kept, folded), two = run(numba_backend, dtype, True), run(numba_backend, dtype, True, threads=2)
+    (params, out, kept, folded), two = (
+        run(numba_backend, dtype, True),
+        run(numba_backend, dtype, True, threads=2),
+    )
     for a, b in zip([*params, out, *kept, *folded], [*two[0], two[1], *two[2], *two[3]], strict=True):
         assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
 
@@ -155,3 +159,14 @@ def test_not_finite_is_not_a_number(module, size):
     grads[0][size - 1] = 1.0
     plan.step(grads, kept, None, [True] * 2, [0, 0], None, out)
     assert out[0, 0].isnan() and out[3, 0].isnan() and out[0, 1].item() == pytest.approx(size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["cnn", "resnet18", "transformer"])
+@pytest.mark.parametrize("batch", [256, 64])
+def test_real_gradients(model, batch):
+    """Of every layer in five adjacent pairs: the error is small, and is what the standard error says."""
+    found = measure_sketch.recorded(model, measure_sketch.MODELS[model], 6, batch)
+    one, everything, scaled = measure_sketch.errors(found, SEEDS)
+    assert 0.92 <= np.mean(np.abs(scaled) <= 1.96) <= 0.99
+    assert np.sqrt(np.mean(one**2)) <= 0.008 and np.sqrt(np.mean(everything**2)) <= 0.003

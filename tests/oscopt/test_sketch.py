@@ -37,7 +37,9 @@ def train(model, optimizer, steps: int = STEPS, *, first: int = 0, set_to_none: 
         y = torch.randint(0, 10, (32,), generator=generator).to(DEVICE)
         optimizer.zero_grad(set_to_none=set_to_none)
         nn.functional.cross_entropy(model(x).float(), y).backward()
-        layers = [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in model if isinstance(m, nn.Linear)]
+        layers = [
+            torch.cat([p.grad.flatten() for p in m.parameters()]) for m in model if isinstance(m, nn.Linear)
+        ]
         seen.append([g.double().cpu() for g in layers])
         optimizer.step()
     return seen
@@ -161,7 +163,9 @@ def test_sketches_of_other_names_are_not_compared():
     model = net()
     a = OscGD(model.named_parameters(), lr=0.1, measure="sketch", backend=FAST)
     train(model, a, 2)
-    b = OscGD([("other." + n, p) for n, p in model.named_parameters()], lr=0.1, measure="sketch", backend=FAST)
+    b = OscGD(
+        [("other." + n, p) for n, p in model.named_parameters()], lr=0.1, measure="sketch", backend=FAST
+    )
     b.load_state_dict({**a.state_dict(), "param_groups": b.state_dict()["param_groups"]})
     train(model, b, 2)
     assert np.isnan(b.history.correlation()[0]).all() and np.isfinite(b.history.correlation()[1]).all()
@@ -189,9 +193,7 @@ def test_monitor_measures_what_oscgd_does():
     model, watched = net(), net()
     optimizer = OscGD(model.named_parameters(), lr=0.1, momentum=0.9, measure="sketch", backend=FAST)
     sgd = torch.optim.SGD(watched.parameters(), lr=0.1, momentum=0.9)
-    monitor = OscMonitor(
-        sgd, watched.named_parameters(), ("grad", "update"), measure="sketch", backend=FAST
-    )
+    monitor = OscMonitor(sgd, watched.named_parameters(), ("grad", "update"), measure="sketch", backend=FAST)
     train(model, optimizer)
     train(watched, sgd)
     np.testing.assert_allclose(
@@ -227,7 +229,9 @@ def test_replays_are_steps(sketches, monkeypatch):
         return [(n, nn.Parameter(torch.randn(s, generator=generator).to(DEVICE))) for n, s in shapes.items()]
 
     generator = torch.Generator().manual_seed(1)
-    grads = [[torch.randn(p.shape, generator=generator).to(DEVICE) for _, p in parameters()] for _ in range(6)]
+    grads = [
+        [torch.randn(p.shape, generator=generator).to(DEVICE) for _, p in parameters()] for _ in range(6)
+    ]
     usual, captured = parameters(), parameters()
     options = {"lr": 0.1, "momentum": 0.9, "measure": "sketch", "backend": "triton"}
     a = OscGD(usual, history=History(sketches=sketches), **options)

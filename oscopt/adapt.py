@@ -23,7 +23,7 @@ shape. Attributes that it may have:
 * `granularity`: "layer" (the default), or "global": it gets sums over all adapted layers, of shape (1,), and
   one scale holds for all of them.
 * `bounds`: the least and the largest scale; default: None, no bounds.
-* `start`: the scale before the first change, or a callable that makes it of the number of scales; default: 1.
+* `start`: the scale before the first change, or a callable that makes it of the number of layers; default: 1.
 * `signal`: "gradient" (the default): a layer without a valid pair of gradients (the first step, a gradient
   that is zero or not finite) keeps its scale, whatever the policy says of it; "momentum": a layer whose
   gradient is zero or not finite does.
@@ -92,6 +92,7 @@ class Measured:
         lr: the learning rate that the new scale will multiply (as far as known: that of this step).
         prev_step: learning rate times scale of the last step, from x_{t-1} to x_t.
         steps: measured steps up to this one, an int: 1 in the first, which has no pair.
+        layers: how many layers the optimizer has, an int.
         state: what the policy returned beside the scales of the step before; empty in the first.
     """
 
@@ -106,6 +107,7 @@ class Measured:
     lr: Tensor
     prev_step: Tensor
     steps: int
+    layers: int
     state: State = field(default_factory=dict)
 
     @cached_property
@@ -133,14 +135,14 @@ class Measured:
 
         Its `prev_step` is such that the displacement is that of all; `scale` and `lr` are their largest.
         """
-        names = [f.name for f in fields(self) if f.name not in ("steps", "state")]
+        names = [f.name for f in fields(self) if f.name not in ("steps", "layers", "state")]
         sums = {name: torch.where(chosen, getattr(self, name), 0.0) for name in names}
         total = {name: value.sum(0, keepdim=True) for name, value in sums.items()}
         moved = (sums["prev_step"] ** 2 * sums["prev_sq_norm"]).sum(0, keepdim=True)
         total["prev_step"] = (moved / total["prev_sq_norm"]).sqrt()
         for name in ("scale", "lr"):
             total[name] = sums[name].amax(0, keepdim=True)
-        return Measured(**total, steps=self.steps, state=self.state)
+        return Measured(**total, steps=self.steps, layers=self.layers, state=self.state)
 
 
 @dataclass(kw_only=True)
@@ -238,14 +240,14 @@ class AlignedStep(_Rule):
 
         b_t = beta b_{t-1} + g_t,   p -= lr (rho_t clip(b_t / (c sigma_t), -1, 1) + weight decay)
         rho_1 = length / sqrt(number of layers)
-        log rho_{t+1} = log rho_t + kappa cos(g_t, b_{t-1}) - pull max(log rho_t - log rho_1, 0),
-        but at least log(floor rho_1)
+        log rho_{t+1} = log rho_t + kappa cos(g_t, b_{t-1}) - forget log(rho_t / rho_1),
+        forget = pull above rho_1, lift below
         sigma_{t+1}^2 = max(mean of ||g_i||^2 over i <= t, ||g_t||^2) / (n (1 - beta^2)),   sigma_1 = 0
 
     sigma is the deviation that an element of b has where gradients are noise of that size. So no element
     moves by more than lr rho, most of those of a layer move by just that, and a loss times any factor makes
     the same steps. rho grows while gradients point along the momentum and shrinks where they oppose it, as
-    they do at the edge of stability; what it has above its start is forgotten, so that it does not drift in
+    they do at the edge of stability; how far it is from its start is forgotten, so that it does not drift in
     noise. The first step only fills b. All that a step applies is known before it.
 
     The optimizer's `lr` multiplies rho; 1 is right. Weight decay is decoupled: p -= lr rho weight_decay p.
@@ -253,17 +255,17 @@ class AlignedStep(_Rule):
     Args:
         length: the length of the first steps, greater than 0: the more layers move at once, the less each.
         kappa: how fast rho follows, not negative; 0: not at all.
-        pull: the part of log rho above its start that a step takes back, in (0, 1): rho stays below
-            exp(kappa / pull) times its start.
-        floor: the part of its start below which rho does not fall, in (0, 1).
+        pull: the part of log(rho / rho_1) that a step takes back where rho is above its start, in (0, 1): it
+            stays below exp(kappa / pull) rho_1.
+        lift: the same below its start: it stays above exp(-kappa / lift) rho_1.
         bound: c, greater than 0; in noise, elements beyond c standard deviations are cut.
         momentum: beta, in (0, 1).
     """
 
-    length: float = 0.01
+    length: float = 0.006
     kappa: float = 0.2
     pull: float = 0.05
-    floor: float = 0.1
+    lift: float = 0.02
     bound: float = 0.3
     momentum: float = 0.9
 
@@ -274,7 +276,7 @@ class AlignedStep(_Rule):
         _check_positive("bound", self.bound)
         if not (self.kappa >= 0 and math.isfinite(self.kappa)):
             raise ValueError(f"Invalid kappa: {self.kappa}; it must be finite and not negative")
-        for name in ("pull", "floor", "momentum"):
+        for name in ("pull", "lift", "momentum"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"Invalid {name}: {getattr(self, name)}; use a number between 0 and 1")
 
@@ -288,13 +290,12 @@ class AlignedStep(_Rule):
         total, count = (old + new for old, new in zip(before, (norm, (norm > 0).double()), strict=True))
         size = torch.maximum(total / count.clamp_min(1.0), norm)
         sigma = (size / (measured.size * (1.0 - self.momentum**2))).sqrt()
-        start = self.start(len(measured.scale))
-        excess = (measured.scale / start).log().clamp_min(0.0)
+        start = self.start(measured.layers)
+        away = (measured.scale / start).log()
+        forgotten = torch.where(away > 0, self.pull * away, self.lift * away)
         cos = measured.alignment_correlation.nan_to_num()
-        rho = measured.scale * torch.exp(self.kappa * cos - self.pull * excess)
-        return Decision(
-            rho.clamp_min(self.floor * start), {"total": total, "count": count}, self.bound * sigma
-        )
+        rho = measured.scale * torch.exp(self.kappa * cos - forgotten)
+        return Decision(rho, {"total": total, "count": count}, self.bound * sigma)
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
@@ -347,10 +348,10 @@ def resolve(adapt: str | Policy | None) -> Policy | None:
     return adapt
 
 
-def _start(policy: Policy, scales: int) -> float:
-    """What each of as many scales begins with."""
+def _start(policy: Policy, layers: int) -> float:
+    """What the scale of each of as many layers begins with."""
     start = getattr(policy, "start", 1.0)
-    return start(scales) if callable(start) else start
+    return start(layers) if callable(start) else start
 
 
 class Adapter:
@@ -386,8 +387,7 @@ class Adapter:
         self._some_out = not all(adapted.values())
         self._adapted = torch.tensor(list(adapted.values()), dtype=torch.bool, device=device)
         ones = torch.ones(len(adapted), dtype=torch.float64, device=device)
-        first = _start(policy, 1 if self._together else len(adapted))
-        start = torch.where(self._adapted, first * ones, ones)
+        start = torch.where(self._adapted, _start(policy, len(adapted)) * ones, ones)
         self._sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
         # An update that is to be bounded is none before there is a bound.
         bounded = getattr(policy, "momentum", None) is not None
@@ -440,7 +440,7 @@ class Adapter:
             known = dict(zip(self._layers, value, strict=True))
             return torch.stack([known.get(name, value.new_full((), missing)) for name in layers])
 
-        start = _start(self.policy, 1 if self._together else len(layers))
+        start = _start(self.policy, len(layers))
         yield _SEEN, self._seen
         yield _REJECTED, self.rejected.clone()
         yield _KEY, of_layers(self.scale, start)
@@ -524,6 +524,7 @@ class Adapter:
             lr=lr,
             prev_step=prev_step,
             steps=max(self._seen, 1),
+            layers=len(self._layers),
             state=self._own,
         )
 

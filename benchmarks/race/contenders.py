@@ -105,11 +105,10 @@ class _AdjacentCorrelation(AlignedStep):
     """rho follows the correlation of adjacent gradients in place of that with the momentum."""
 
     def __call__(self, measured: Measured) -> Decision:
-        _, state, bound = super().__call__(measured)
-        start = self.start(len(measured.scale))
-        excess = (measured.scale / start).log().clamp_min(0.0)
-        change = self.kappa * measured.correlation.nan_to_num() - self.pull * excess
-        return Decision((measured.scale * torch.exp(change)).clamp_min(self.floor * start), state, bound)
+        rho, state, bound = super().__call__(measured)
+        wanted, usual = measured.correlation, measured.alignment_correlation
+        change = self.kappa * (wanted.nan_to_num() - usual.nan_to_num())
+        return Decision(rho * torch.exp(change), state, bound)
 
 
 def ablations() -> list[Contender]:
@@ -122,7 +121,8 @@ def ablations() -> list[Contender]:
         "kappa / 2": AlignedStep(kappa=rule.kappa / 2),
         "kappa x 2": AlignedStep(kappa=rule.kappa * 2),
         "pull / 10": AlignedStep(pull=rule.pull / 10),
-        "no floor": AlignedStep(floor=1e-9),
+        "lift = pull": AlignedStep(lift=rule.pull),
+        "no lift": AlignedStep(lift=1e-9),
         "rho_1 / 10": AlignedStep(length=rule.length / 10),
         "rho_1 x 4": AlignedStep(length=rule.length * 4),
         "bound / 3": AlignedStep(bound=rule.bound / 3),

@@ -191,10 +191,8 @@ def aligned(gradient, x, sizes, steps, lr, rule, weight_decay=0.0):
         direction = np.divide(np.clip(b, -bound, bound), bound, out=np.zeros_like(b), where=bound > 0)
         shrink = np.where(bound > 0, weight_decay, 0.0) * x
         x = x - lr(t) * rho[layers] * (direction + shrink)
-        rho = rho * np.exp(
-            rule.kappa * cos - rule.pull * np.maximum(np.log(rho / rule.start(len(sizes))), 0.0)
-        )
-        rho = np.maximum(rho, rule.floor * rule.start(len(sizes)))
+        away = np.log(rho / rule.start(len(sizes)))
+        rho = rho * np.exp(rule.kappa * cos - np.where(away > 0, rule.pull, rule.lift) * away)
         total = total + sums(g, g)
         sigma = np.sqrt(np.maximum(total / (t + 1), sums(g, g)) / np.array(sizes) / (1 - rule.momentum**2))
     return np.array(scales), x
@@ -744,7 +742,7 @@ def test_bad_cosine(options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"length": 0.0}, {"kappa": -0.1}, {"pull": 0.0}, {"floor": 1.0}, {"bound": 0.0}, {"momentum": 1.0}],
+    [{"length": 0.0}, {"kappa": -0.1}, {"pull": 0.0}, {"lift": 1.0}, {"bound": 0.0}, {"momentum": 1.0}],
     ids=str,
 )
 def test_bad_rule(options):

@@ -4,9 +4,9 @@
     python benchmarks/sketch.py --models cnn resnet18 --width 64 --seeds 50
 
 Memory: floats that are kept, over parameters. Error: a model is trained for some steps, full batch and in
-mini-batches, and every pair of adjacent gradients is measured with many seeds: root mean square of the error of a
-layer's correlation (of layers with a sketched tensor), the same of all layers together, and how often the error is
-within 1.96 of its stated standard errors.
+mini-batches, and every pair of adjacent gradients is measured with many seeds: root mean square of the error
+of a layer's correlation (of layers with a sketched tensor), the same of all layers together, and how often
+the error is within 1.96 of its stated standard errors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import sys
 
 import numpy as np
+
 from study.cli import Parser, exit_code, positive, script
 
 MODELS = {"cnn": 32, "resnet18": 16, "transformer": 96}
@@ -39,7 +40,6 @@ def llama_7b() -> list[tuple[int, ...]]:
 
 def print_memory() -> None:
     from micro.sets import model_set
-
     from oscopt.kernels import sketch
 
     print(f"{'model':<12} {'parameters':>14} {'floats kept':>12} {'ratio':>8}")
@@ -71,15 +71,16 @@ def transformer(width: int):
 def recorded(name: str, width: int, steps: int, batch: int) -> dict[str, list]:
     """Gradients of `steps` steps, by parameter."""
     import torch
-    from study import data, models
     from torch.nn import functional as F
+
+    from study import data, models
 
     x, y = data.load("mnist5k", 256, 16, None, 0)
     torch.manual_seed(0)
     model = transformer(width) if name == "transformer" else models.build(name, x.shape[1], 16, width, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found: dict[str, list] = {n: [] for n, _ in model.named_parameters()}
-    for t in range(steps):
+    for _ in range(steps):
         part = slice(None) if batch >= len(x) else torch.randperm(len(x))[:batch]
         optimizer.zero_grad()
         F.cross_entropy(model(x[part]), y[part]).backward()

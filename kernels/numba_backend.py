@@ -623,7 +623,7 @@ _align_momentum = _loop(momentum=True, pair=False, measured=True)
 
 @njit(nogil=True)
 def _scalars(row, scale, bound, buffered, tag):
-    """What an update takes: a row of the hyperparameters, the bound, and the weight decay of a bounded update."""
+    """What an update takes: hyperparameters, the bound, and the weight decay of a bounded update."""
     limit = _scalar(bound, tag)
     weight_decay, lookahead, shrink = row[3], row[4], 0.0
     if buffered and limit < np.inf:

@@ -1,6 +1,6 @@
 """CPU: the update and the sketch of :mod:`oscopt.kernels.sketch` in one parallel loop over chunks.
 
-32 elements at a time of a gradient are added to the buckets and to the sums, and then the parameter is updated
+32 elements of a gradient at a time are added to the buckets and to the sums, then the parameter is updated
 with them. There are twice as many buckets as the sketch has, so that a rotated run need not wrap around; the
 halves are added up in the end.
 """
@@ -200,8 +200,8 @@ def _offset(first, seed, buckets):
 def _run(momentum, lanes):
     """`n` elements from number `first` of their tensor on, within one run: a whole number of words.
 
-    They are added to the buckets at the address `place`; their squares are summed, and with a momentum buffer and
-    `align` their products with it, and its squares.
+    They are added to the buckets at the address `place`; their squares are summed, and with a momentum buffer
+    and `align` their products with it, and its squares.
     """
     update, update_bounded = (_descend_momentum if momentum else _descend)(lanes), _descend_bounded(lanes)
     vectors = _WORD // lanes if lanes > 1 else 1
@@ -299,8 +299,8 @@ def _halves(twice, count, kept_tag):
 
 @njit(nogil=True)
 def _keep(new, old, stretch, kept_tag):
-    """Dot, squared difference and squared norm of `stretch` times the buckets at `new`, and those at `old`; which
-    are overwritten."""
+    """Dot, squared difference and squared norm of `stretch` times the buckets at `new`, and those at `old`;
+    which are overwritten."""
     dot, diff_sq_norm, prev_sq_norm = _zeros(_LANES), _zeros(_LANES), _zeros(_LANES)
     size = _itemsize(kept_tag)
     factor = _scalar(stretch, kept_tag)
@@ -317,7 +317,7 @@ def _keep(new, old, stretch, kept_tag):
 
 @njit(nogil=True, cache=True)
 def _chunk(p, g, kept, buf, twice, first, n, seed, ahead, align, row, scale, bound, tag, kept_tag):
-    """Sketch and update `n` elements from number `first` on, at the addresses `p`, `g`, `buf`; 0: there is none."""
+    """Sketch and update `n` elements from number `first` on, at the addresses `p`, `g`, `buf` (0: none)."""
     scalars = _scalars(row, scale, bound, buf != 0, tag)
     if buf == 0:
         sums = _plain(p, g, buf, twice, BUCKETS, first, n, seed, ahead, align, scalars, tag, kept_tag)

@@ -135,7 +135,7 @@ def stretched(chunk: Tensor, first: int, seed: int) -> Tensor:
 
 
 def compare(kept: Tensor, prev: Tensor, runs: int) -> Tensor:
-    """What :data:`ESTIMATED` names, of a chunk of so many runs, from what is kept of two gradients: float64, (4,)."""
+    """What :data:`ESTIMATED` names, of a chunk of so many runs, from what is kept of it: float64, (4,)."""
     kept, prev = kept.double(), prev.double()
     diff = kept - prev
     dot, prev_sq_norm = kept.dot(prev), prev.dot(prev)
@@ -163,9 +163,9 @@ def inner_products(kept: Tensor) -> Tensor:
 
 
 class Batch(torch_backend.Batch):
-    """As :class:`oscopt.kernels.BatchProtocol`, of parameters that are sketched: `prevs[i]` is what is kept of
-    the last gradient, and is always overwritten with what is kept of this one.
-    `align`: False: `alignment` and `momentum_sq_norm` are not needed."""
+    """As :class:`oscopt.kernels.BatchProtocol`, of parameters that are sketched: `prevs[i]` is what is kept
+    of the last gradient, and is always overwritten with what is kept of this one. `align`: False: `alignment`
+    and `momentum_sq_norm` are not needed."""
 
     def __init__(
         self, params: Sequence[Tensor], layer_of, num_layers, scale_of, seeds, align: bool = True

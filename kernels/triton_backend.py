@@ -197,7 +197,7 @@ def step_tile(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Update elements [start, stop) of tensor k, at most TILE, and store their sums; the rest as in the step kernel."""
+    """Update elements [start, stop) of tensor k, at most TILE, and store their sums, as the step kernel."""
     flags = tl.load(flags_ptr + k)
     element = tl.pointer_type(ELEMENT)
     g_ptr = tl.load(pointers_ptr + N + k).to(element) + start
@@ -286,8 +286,8 @@ def step_kernel(
     stop = tl.minimum(start + TILE, tl.load(size_ptr + k))
     step_tile(
         k, start, stop, pointers_ptr, flags_ptr, row_ptr, hyper_ptr, scale_of_ptr, scale_ptr, bound_ptr,
-        partial_ptr + 6 * tile.to(tl.int64), N, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, SCALED,
-        BOUNDED, BLOCK, TILE,
+        partial_ptr + 6 * tile.to(tl.int64), N, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY,
+        SCALED, BOUNDED, BLOCK, TILE,
     )  # fmt: skip
 
 

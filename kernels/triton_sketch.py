@@ -1,9 +1,9 @@
 """GPUs: the update and the sketch of :mod:`oscopt.kernels.sketch` in one launch, then two small ones.
 
-A program updates a tile of :data:`ROWS` runs, as the step kernel does it, and gathers the tile's buckets: bucket
-b reads element (b - o) mod k of a run that is rotated by o, which the cache still holds. Nothing is scattered,
-there are no atomics. The second kernel adds the tiles of each chunk in a fixed order, compares the sketch with
-what is kept and overwrites that; the third sums up layers.
+A program updates a tile of :data:`ROWS` runs, as the step kernel does it, and gathers the tile's buckets:
+bucket b reads element (b - o) mod k of a run that is rotated by o, which the cache still holds. Nothing is
+scattered, there are no atomics. The second kernel adds the tiles of each chunk in a fixed order, compares the
+sketch with what is kept and overwrites that; the third sums up layers.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def sketch_kernel(
     stop = tl.load(stop_ptr + tile)
     step_tile(
         k, start, stop, pointers_ptr, flags_ptr, row_ptr, hyper_ptr, scale_of_ptr, scale_ptr, bound_ptr,
-        partial_ptr + 6 * tile.to(tl.int64), N, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, SCALED,
-        BOUNDED, BLOCK, TILE,
+        partial_ptr + 6 * tile.to(tl.int64), N, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY,
+        SCALED, BOUNDED, BLOCK, TILE,
     )  # fmt: skip
     g_ptr = tl.load(pointers_ptr + N + k).to(tl.pointer_type(ELEMENT)) + start
     seed = tl.load(seed_ptr + k).to(tl.uint32)

@@ -46,8 +46,8 @@ class History:
             learning rates change; time a step does not depend on T. None: no limit. :meth:`stream_to` keeps
             every step on disk.
         sketches: how many floats are kept of every layer's gradient, for the correlation of any two steps
-            (:meth:`pairwise`, :meth:`lagged_correlation`) with a standard error of at most 1 / sqrt(sketches); 4 bytes
-            each and step. Needs ``measure="sketch"``. None: none are.
+            (:meth:`pairwise`, :meth:`lagged_correlation`) with a standard error of at most
+            1 / sqrt(sketches); 4 bytes each and step. Needs ``measure="sketch"``. None: none are.
 
     Raises:
         ValueError: `limit` is less than 512, or `sketches` is no power of two from 16 to 1024.
@@ -118,9 +118,9 @@ class History:
         for layer, seed in seeds.items():
             if self._seeds.get(layer, seed) != seed:
                 raise ValueError(
-                    f"history holds sketches of layer {layer!r} that were made in another way (of parameters of "
-                    "other names, other pieces of them, or by another version of oscopt), so they cannot be "
-                    "compared with new ones; give a new History(sketches=...)"
+                    f"history holds sketches of layer {layer!r} that were made in another way (of "
+                    "parameters of other names, other pieces of them, or by another version of oscopt), so "
+                    "they cannot be compared with new ones; give a new History(sketches=...)"
                 )
         self._seeds |= seeds
 
@@ -444,10 +444,12 @@ class History:
             steps: numbers of T steps. Default: all that are held; T^2 numbers are returned.
 
         Returns:
-            Two arrays, float64, shape (T, T), symmetric; the diagonals are 1 and 0. NaN where a norm is 0 or not finite.
+            Two arrays, float64, shape (T, T), symmetric; the diagonals are 1 and 0. NaN where a norm is 0 or
+            not finite.
 
         Raises:
-            ValueError: there are no sketches, or a step is not held: it was thinned out, not measured or not taken.
+            ValueError: there are no sketches, or a step is not held: it was thinned out, not measured or
+                not taken.
             KeyError: there is no such layer.
         """
         held = self.steps
@@ -457,8 +459,8 @@ class History:
         found[found] = held[places[found]] == steps[found]
         if not found.all():
             raise ValueError(
-                f"step {steps[~found][0]} is not in the history: it was thinned out, not measured or not taken; "
-                "`steps` has those that are there"
+                f"step {steps[~found][0]} is not in the history: it was thinned out, not measured or not "
+                "taken; `steps` has those that are there"
             )
         correlation, stderr = self._estimates(layer, places, lambda v: v @ v.T, lambda n: n[:, None] * n)
         known = np.isfinite(correlation.diagonal())

@@ -78,9 +78,9 @@ class OscGD(Optimizer):
             measure) or layer name -> list of parameter names. A callable, parameter name -> layer or None;
             if it cannot be pickled (a lambda), a pickled optimizer has its answers so far, as a dict.
         measure: "exact": against the last gradient, and with momentum also against that. "sketch": against a
-            random projection of the last gradient, some 3 % of it: nothing else is kept, a step costs little more than
-            SGD's, and the correlation has a standard error (`history.correlation_stderr`, see docs/sketch.md); against the momentum
-            only where `adapt` asks for it.
+            random projection of the last gradient, some 3 % of it: nothing else is kept, a step costs little
+            more than SGD's, and the correlation has a standard error (`history.correlation_stderr`, see
+            docs/sketch.md); against the momentum only where `adapt` asks for it.
             "alignment": against the momentum alone, which costs nothing and keeps no gradient; the correlation
             is NaN then.
         every: measure every `every`-th step; the others cost what SGD costs.

@@ -133,8 +133,8 @@ def plot_recurrence(
 ) -> Axes:
     """The correlations of all pairs of steps of a run, from their sketches, in colours.
 
-    Oscillation is a checkerboard, phases are blocks. Of more than 400 steps neighbours are drawn, in runs of 8 that
-    are spread evenly: single steps that far apart would not show an oscillation.
+    Oscillation is a checkerboard, phases are blocks. Of more than 400 steps neighbours are drawn, in runs of
+    8 that are spread evenly: single steps that far apart would not show an oscillation.
 
     Args:
         layer: the layer's name; None: all layers together.

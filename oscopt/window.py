@@ -15,8 +15,8 @@ from .kernels import sketch
 class Window:
     """Keeps the gradients of the next h steps; its matrices are those of the paper's Figs. 2-5, right.
 
-    Holds h copies of the measured gradients, or of their sketches, until the last has come, then (h, h) sums of
-    every layer only.
+    Holds h copies of the measured gradients, or of their sketches, until the last has come, then (h, h) sums
+    of every layer only.
     """
 
     def __init__(

@@ -78,6 +78,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs
 SMALLEST = {
     "run.py": "... --dataset mnist5k --n-train 32 --micro-batch 32 --width 4 --epochs 1 --threads 1",
     "compare.py": "--contenders gd ... --only small --seeds 0",
+    "sketch.py": "... --models cnn --seeds 1 --steps 2",
     "kernels.py": "--contenders 'oscgd numba' ... --sets --sizes 1e3 --seconds 0.01 --threads 1",
 }
 """What stands before and behind the options that a page gives, so that a command takes seconds here."""

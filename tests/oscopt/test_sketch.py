@@ -13,7 +13,7 @@ from helpers import BACKENDS, DEVICE
 from torch import nn
 
 from oscopt import History, OscGD, OscMonitor
-from oscopt.engine import SKETCH, SEED
+from oscopt.engine import SEED, SKETCH
 from oscopt.kernels.sketch import kept_size
 
 FAST = "torch"  # what follows does not depend on the backend, and nothing has to be compiled

@@ -81,8 +81,8 @@ class OscGD(Optimizer):
             random projection of the last gradient, some 3 % of it: nothing else is kept, a step costs little
             more than SGD's, and the correlation has a standard error (`history.correlation_stderr`, see
             docs/sketch.md); against the momentum only where `adapt` asks for it.
-            "alignment": against the momentum alone, which costs nothing and keeps no gradient; the correlation
-            is NaN then.
+            "alignment": against the momentum alone, which costs nothing and keeps no gradient; the
+            correlation is NaN then.
         every: measure every `every`-th step; the others cost what SGD costs.
         adapt: a policy of :mod:`oscopt.adapt`, or its name, that sets a multiplier of `lr` for each layer
             from what was measured; None: all stay 1. "auto" needs neither `lr` nor `momentum`. A group with

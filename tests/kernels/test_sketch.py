@@ -90,19 +90,19 @@ def test_interval_covers_whatever_the_structure(structure, mu):
 
 
 def run(module, dtype, momentum, threads=1, measure_only=False):
-    """Parameters, sums, what is kept and its folds after three steps of tensors of all kinds."""
-    sizes, layer_of = [100, 20_001, 16_384, 16_385, 70_001, 0], [-1, 0, 0, 1, 1, 1]
+    """Parameters, sums, what is kept and its folds after two steps of tensors of all kinds."""
+    sizes, layer_of = [100, 16_385, 16_384, 20_001, 0], [-1, 0, 0, 1, 1]
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    params, *steps = ([torch.randn(n, generator=generator).to(dtype) for n in sizes] for _ in range(4))
+    params, *steps = ([torch.randn(n, generator=generator).to(dtype) for n in sizes] for _ in range(3))
     kept = [sketch.kept_like(p, dtype) for p in params]
     bufs = [torch.zeros_like(p) for p in params] if momentum else None
     out, scale = torch.zeros((7, 2), dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
     bound = torch.tensor([torch.inf, 0.3], dtype=torch.float64)
-    plan = kernels.Plan(params, steps[0], layer_of, 2, module, seeds=[3_000_000_000 + i for i in range(6)])
+    plan = kernels.Plan(params, steps[0], layer_of, 2, module, seeds=[3_000_000_000 + i for i in range(5)])
     hyper = None if measure_only else [FULL if momentum else PLAIN]
     for grads in steps:
-        plan.step(grads, kept, bufs, [True] * 6, [0] * 6, hyper, out, scale, bound)
+        plan.step(grads, kept, bufs, [True] * 5, [0] * 5, hyper, out, scale, bound)
     folded = [torch.zeros((2, k)) for k in (64, 256)]
     for vectors in folded:
         plan.fold(kept, vectors)
@@ -110,8 +110,17 @@ def run(module, dtype, momentum, threads=1, measure_only=False):
     return params, out, kept, folded
 
 
-@pytest.mark.parametrize("dtype", torch_backend.DTYPES, ids=str)
-@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "momentum"),
+    [
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.float64, True),
+        (torch.bfloat16, True),
+        (torch.float16, False),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "torch"])
 def test_backends_are_the_definition(name, dtype, momentum):
     """Sums, what is kept, its fold and the update, with unmeasured tensors, scales and bounds."""

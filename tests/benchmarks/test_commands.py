@@ -34,7 +34,7 @@ from study.errors import UserError
 from study.train import Trainer
 
 BENCHMARKS = Path(run.__file__).parent
-SCRIPTS = ("run.py", "reproduce.py", "compare.py", "kernels.py", "throughput.py", "history.py")
+SCRIPTS = ("run.py", "reproduce.py", "compare.py", "kernels.py", "throughput.py", "history.py", "sketch.py")
 SMALL = ("--model", "cnn", "--n-train", "64", "--micro-batch", "32", "--width", "8", "--threads", "1")
 
 

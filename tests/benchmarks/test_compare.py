@@ -147,7 +147,8 @@ def test_ablations(small_tasks, tmp_path, capsys):
     assert len(names) == len(set(names)) > 8 and all(f"| {name} |" in text for name in names)
     with open(tmp_path / "ablations.csv") as file:
         finals = {row["contender"]: row["final"] for row in csv.DictReader(file)}
-    same = {"auto, one rho for all", "auto, sigma from the mean"}  # with one layer and norms that fall
+    # With one layer, norms that fall, and a rho that stays above its start.
+    same = {f"auto, {name}" for name in ("one rho for all", "sigma from the mean", "lift = pull", "no lift")}
     assert {name for name, final in finals.items() if final == finals["auto"]} == {"auto", *same}
 
 

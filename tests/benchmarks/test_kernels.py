@@ -105,10 +105,10 @@ def test_some_contenders_and_what_they_are_compared_to(tmp_path):
 @pytest.mark.slow
 def test_not_enough_memory_skips_the_set(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "free", lambda device: 10**6)
-    arguments = ["--sizes", "1e3", "1e6", "--seconds", "0.1", "--cold", "--device", "cpu"]
+    arguments = ["--sizes", "1e3", "1e7", "--seconds", "0.1", "--cold", "--device", "cpu"]
     arguments += ["--contenders", "sgd fused"]
     assert kernels.main([*arguments, "--out", str(tmp_path)]) == 0
-    assert "skipped: it needs 0.1 GiB of memory, 0.0 GiB are free" in capsys.readouterr().out
+    assert "skipped: it needs 0.2 GiB of memory, 0.0 GiB are free" in capsys.readouterr().out
     assert {r["set"] for r in rows_in(tmp_path)} == {"1e3"}
 
 

@@ -1,0 +1,244 @@
+"""What a record says in words: a table with a row for each layer, and a hint with its reason.
+
+The bounds below are chosen, not derived. They are tried on synthetic records and on full-batch gradient
+descent at known multiples of 2 / sharpness (tests/oscopt/test_summary.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .history import History
+
+if TYPE_CHECKING:
+    import pandas
+
+MIN_STEPS = 20
+"""Pairs of gradients that a hint needs."""
+OSCILLATES = -0.2
+"""Median correlation from which on downwards a layer oscillates, ..."""
+OFTEN_NEGATIVE = 0.6
+"""... and the share of steps with a negative correlation that it takes."""
+AGREES, SMOOTH = 0.3, 0.9
+"""Median correlations from which on adjacent gradients agree, and training is smooth. Between `OSCILLATES`
+and `AGREES` they hardly agree: noise, or the way into or out of oscillation."""
+GROWS = 10.0
+"""Growth of the gradient's norm, within the steps looked at, that makes oscillation a divergence."""
+FULL_BATCH = 0.98
+"""A headroom is told from this median correlation on: below, noise would pass for curvature."""
+AMPLE = 100.0
+"""A larger headroom is not told as a number."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer in the steps looked at, or all layers together.
+
+    Attributes:
+        layer: its name; "all layers" for all together.
+        steps: pairs of gradients that are known.
+        correlation: median of mu; NaN where no pair is known.
+        negative: share of these pairs with mu < 0.
+        step_curvature: median of the step times the curvature along it, 2 at the edge of stability; NaN where
+            it does not follow from the record.
+        share: of the layer in the global dot product: mean over the steps of abs(dot) over its sum.
+        state: "edge", "diverges", "smooth", "agrees", "noise" or "unknown".
+        hint: a sentence for people.
+    """
+
+    layer: str
+    steps: int
+    correlation: float
+    negative: float
+    step_curvature: float
+    share: float
+    state: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table; ``print`` shows it.
+
+    Attributes:
+        first, last: numbers of the first and last step looked at; -1 where there is none.
+        overall: all layers together.
+        layers: one row a layer.
+    """
+
+    first: int
+    last: int
+    overall: Row
+    layers: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        header = ("layer", "correlation", "negative", "step x curvature", "share", "hint")
+        lines = [header, *(cells(row) for row in (self.overall, *self.layers))]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
+        table = (
+            "  ".join(
+                [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=False))]
+                + [line[-1]]
+            )
+            for line in lines
+        )
+        span = f"steps {self.first} to {self.last}" if self.first >= 0 else "no steps"
+        return "\n".join([f"{span}, medians", *table])
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One line for each layer and one for all together, indexed by name, with the fields of :class:`Row`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("Summary.to_dataframe needs pandas: pip install pandas") from error
+        names = [field.name for field in fields(Row)]
+        return pandas.DataFrame(map(asdict, (self.overall, *self.layers)), columns=names).set_index("layer")
+
+
+def summarise(history: History, last: int = 500) -> Summary:
+    """See :meth:`oscopt.History.summary`."""
+    if last < 1:
+        raise ValueError(f"Invalid last: {last}; use a number of steps, 1 or more")
+    recent = history.last(last)
+    dot, sq_norm, prev_sq_norm = recent.dot, recent.sq_norm, recent.prev_sq_norm
+    sizes = np.abs(dot)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = sizes / np.nansum(sizes, axis=1, keepdims=True)
+    along, along_all = step_curvature(recent)
+    remedies = _remedies(recent)
+    diffs = recent.diff_sq_norm
+
+    def row(name: str, mu: np.ndarray, norms: np.ndarray, diff, prev, along: np.ndarray, share: float) -> Row:
+        known = mu[np.isfinite(mu)]
+        values = {
+            "layer": name,
+            "steps": len(known),
+            "correlation": _median(known),
+            "negative": float((known < 0).mean()) if len(known) else math.nan,
+            "step_curvature": _median(along),
+            "share": share,
+        }
+        state, hint = _judged(
+            known, norms, _headroom(along, diff, prev), remedies, recent.about.get("quantity")
+        )
+        return Row(**values, state=state, hint=hint)
+
+    mu = recent.correlation()
+    layers = tuple(
+        row(name, mu[:, i], sq_norm[:, i], diffs[:, i], prev_sq_norm[:, i], along[:, i], _mean(shares[:, i]))
+        for i, name in enumerate(recent.layer_names)
+    )
+    sums = (sq_norm.sum(1), diffs.sum(1), prev_sq_norm.sum(1), along_all)
+    overall = row("all layers", recent.global_correlation(), *sums, 1.0 if layers else math.nan)
+    steps = recent.steps
+    first, final = (int(steps[0]), int(steps[-1])) if len(steps) else (-1, -1)
+    return Summary(first, final, overall, layers)
+
+
+def step_curvature(history: History) -> tuple[np.ndarray, np.ndarray]:
+    """The step times the curvature along it, 2 at the edge of stability: float64, (T, L), and (T,) of all.
+
+    1 - <g_t, g_{t-1}> / ||g_{t-1}||^2, which needs no learning rate; of all layers together each counts by
+    its step. NaN with momentum, and wherever else a step was not along the gradient (`history.about`).
+    """
+    dot, prev, step = history.dot, history.prev_sq_norm, history.prev_step_size
+    if history.about.get("plain", True):
+        dot = np.where(np.isfinite(history.momentum_sq_norm), np.nan, dot)
+    else:
+        dot = np.full_like(dot, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1 - dot / prev, (step * (prev - dot)).sum(1) / (step * prev).sum(1)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The columns of a table, as text."""
+    return (
+        row.layer,
+        _number(row.correlation, "+.3f"),
+        _number(100 * row.negative, ".0f", " %"),
+        _number(row.step_curvature, ".3g"),
+        _number(100 * row.share, ".1f", " %"),
+        row.hint,
+    )
+
+
+def _judged(
+    mu: np.ndarray, sq_norm: np.ndarray, headroom: float, remedies: str, quantity: str | None
+) -> tuple[str, str]:
+    """A state and what to tell of it; `mu` has no NaN."""
+    count, what = len(mu), "updates" if quantity == "updates" else "gradients"
+    if count < MIN_STEPS:
+        return "unknown", f"not enough steps: {count} pairs are known, {MIN_STEPS} are needed"
+    median, negative = float(np.median(mu)), float((mu < 0).mean())
+    if median <= OSCILLATES and negative >= OFTEN_NEGATIVE:
+        share = f"in {100 * negative:.0f} % of the last {count} steps"
+        known = np.sqrt(sq_norm[np.isfinite(sq_norm)])
+        part = max(1, len(known) // 5)
+        if np.median(known[-part:]) > GROWS * np.median(known[:part]) > 0:
+            return "diverges", f"diverges: {what} turn round {share} and grow: {remedies}"
+        if what == "updates":
+            return "edge", f"adjacent updates undo each other {share}: {remedies}"
+        return "edge", f"oscillates at the edge of stability {share}: {remedies}"
+    if median >= SMOOTH:
+        reason = f"smooth: mu > {math.floor(100 * median) / 100:.2f}" if median < 1 else "smooth: mu = 1"
+        if what == "updates" or not math.isfinite(headroom) or median < FULL_BATCH:
+            return "smooth", reason
+        if headroom < 1.5:
+            return "smooth", f"{reason}: close to the edge"
+        times = f"about {headroom:.2g}x" if headroom < AMPLE else f"more than {AMPLE:.0f}x"
+        return "smooth", f"{reason}: the rate can grow, by at most {times} before the edge"
+    if median >= AGREES:
+        return "agrees", f"adjacent {what} agree (mu {median:+.2f}) without oscillating"
+    if what == "updates":
+        return "noise", f"adjacent updates hardly agree (mu {median:+.2f})"
+    return "noise", (
+        f"noise: adjacent gradients hardly agree (mu {median:+.2f}), as those of mini-batches: "
+        "look at update correlations"
+    )
+
+
+def _headroom(along: np.ndarray, diff_sq_norm: np.ndarray, prev_sq_norm: np.ndarray) -> float:
+    """How many times larger the step could be before the edge, at most; NaN where no curvature follows.
+
+    ||g_t - g_{t-1}|| / ||g_{t-1}|| is the step times ||H u||, u the direction of the step: at most the step
+    times the sharpness, and at least that times the curvature along the step.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.sqrt(diff_sq_norm / prev_sq_norm)[np.isfinite(along)]
+    ratio = ratio[np.isfinite(ratio)]
+    largest = float(np.quantile(ratio, 0.9)) if len(ratio) else math.nan
+    return 2 / largest if largest > 0 else math.nan
+
+
+def _remedies(history: History) -> str:
+    """What helps against oscillation, where it is not there already."""
+    remedies: Sequence[str] = ["a smaller rate here"]
+    if history.about.get("optimizer", "OscGD") in ("OscGD", "SGD"):
+        if not np.isfinite(history.momentum_sq_norm).any():
+            remedies = [*remedies, "or momentum"]
+        if not (history.step_scale != 1).any():
+            remedies = [*remedies, "or adapt='auto'"]
+    return ", ".join(remedies)
+
+
+def _median(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "-"

@@ -87,12 +87,15 @@ def _sections(history: History) -> Iterator[str]:
     steps, names, summary = history.steps, history.layer_names, summarise(history)
     sketched = bool(np.nanmax(history.correlation_stderr, initial=0.0, where=_known(history)) > 0)
     yield (
-        f"<p>{escaped(_sentence(_quantity(history)))}: {count(names, 'layer')}, steps {steps[0]} to "
-        f"{steps[-1]}{'' if len(steps) == steps[-1] - steps[0] + 1 else f' ({len(steps)} held)'}; correlations of "
-        f"adjacent {history.about.get('quantity', 'gradients')} are "
+        f"<p>{escaped(_sentence(_quantity(history)))}: {count(len(names), 'layer')}, steps {steps[0]} to "
+        f"{steps[-1]}{'' if len(steps) == steps[-1] - steps[0] + 1 else f' ({len(steps)} held)'}; "
+        f"correlations of adjacent {history.about.get('quantity', 'gradients')} are "
         f"{'estimated from sketches' if sketched else 'exact'}.</p>"
     )
-    yield f'<p class="hint {summary.overall.state}">{escaped(_sentence(summary.overall.hint))}.</p>'
+    yield (
+        f'<p class="hint {summary.overall.state}">All layers together: '
+        f"{escaped(summary.overall.hint)}.<br>{escaped(_sentence(summary.tally))}.</p>"
+    )
     yield '<h2>All layers together</h2><div class="panels">'
     for caption, drawn in _panels(history):
         yield f"<figure><figcaption>{escaped(caption)}</figcaption>{drawn}</figure>"
@@ -238,9 +241,9 @@ def escaped(value: object) -> str:
     return html.escape(str(value))
 
 
-def count(of: Sequence[object], what: str) -> str:
+def count(number: int, what: str) -> str:
     """Such as "1 layer", "2 layers"."""
-    return f"{len(of)} {what}{'' if len(of) == 1 else 's'}"
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def heat_map(
@@ -273,7 +276,7 @@ def heat_map(
         f'<div class="heat" data-map="{escaped(json.dumps(content, separators=(",", ":")))}">'
         f'<div class="axis"><span>{escaped(names[0])} (first layer) above</span>'
         f'<span class="key">−1 <span class="scale" style="background: {scale}"></span> +1</span></div>'
-        f'<canvas tabindex="0" role="img" aria-label="{escaped(what)} of {count(names, "layer")}"></canvas>'
+        f'<canvas tabindex="0" role="img" aria-label="{escaped(what)} of {count(len(names), "layer")}"></canvas>'
         "<output></output>"
         f'<div class="axis"><span>{unit} {numbers[0]}</span>'
         f"<span>{escaped(names[-1])} (last layer) below</span>"

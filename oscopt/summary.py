@@ -18,6 +18,8 @@ from .history import History
 if TYPE_CHECKING:
     import pandas
 
+ALL = "all layers"
+"""The name of the row of all layers together."""
 MIN_STEPS = 20
 """Pairs of gradients that a hint needs."""
 OSCILLATES = -0.2
@@ -26,13 +28,23 @@ OFTEN_NEGATIVE = 0.6
 """... and the share of steps with a negative correlation that it takes."""
 AGREES, SMOOTH = 0.3, 0.9
 """Median correlations from which on adjacent gradients agree, and training is smooth. Between `OSCILLATES`
-and `AGREES` they hardly agree: noise, or the way into or out of oscillation."""
+and `AGREES` they hardly agree: noise if all layers together do so too, else a mixture of both."""
 GROWS = 10.0
 """Growth of the gradient's norm, within the steps looked at, that makes oscillation a divergence."""
 FULL_BATCH = 0.98
 """A headroom is told from this median correlation on: below, noise would pass for curvature."""
-AMPLE = 100.0
-"""A larger headroom is not told as a number."""
+AMPLE = 20.0
+"""A larger headroom is not told as a number: the steps did not meet the curvature that limits the rate."""
+
+_STATES = {
+    "diverges": "diverging",
+    "edge": "oscillating",
+    "mixed": "between",
+    "noise": "in noise",
+    "agrees": "agreeing",
+    "smooth": "smooth",
+    "unknown": "with too few steps",
+}
 
 
 @dataclass(frozen=True)
@@ -40,14 +52,14 @@ class Row:
     """A layer in the steps looked at, or all layers together.
 
     Attributes:
-        layer: its name; "all layers" for all together.
+        layer: its name; :data:`ALL` for all together.
         steps: pairs of gradients that are known.
         correlation: median of mu; NaN where no pair is known.
         negative: share of these pairs with mu < 0.
         step_curvature: median of the step times the curvature along it, 2 at the edge of stability; NaN where
             it does not follow from the record.
         share: of the layer in the global dot product: mean over the steps of abs(dot) over its sum.
-        state: "edge", "diverges", "smooth", "agrees", "noise" or "unknown".
+        state: "edge", "diverges", "smooth", "agrees", "mixed", "noise" or "unknown".
         hint: a sentence for people.
     """
 
@@ -76,6 +88,20 @@ class Summary:
     overall: Row
     layers: tuple[Row, ...]
 
+    @property
+    def tally(self) -> str:
+        """How many layers are in which state, the first few of those that oscillate by name."""
+        states = [row.state for row in self.layers]
+        parts = []
+        for state, text in _STATES.items():
+            if state in states:
+                parts.append(f"{states.count(state)} {text}")
+        told = f"{len(states)} layer{'' if len(states) == 1 else 's'}: {', '.join(parts) or 'none'}"
+        turning = [row.layer for row in self.layers if row.state in ("edge", "diverges")]
+        if not turning or len(turning) == len(states):
+            return told
+        return f"{told} (oscillating: {', '.join(turning[:3])}{', ...' if len(turning) > 3 else ''})"
+
     def __str__(self) -> str:
         header = ("layer", "correlation", "negative", "step x curvature", "share", "hint")
         lines = [header, *(cells(row) for row in (self.overall, *self.layers))]
@@ -88,7 +114,7 @@ class Summary:
             for line in lines
         )
         span = f"steps {self.first} to {self.last}" if self.first >= 0 else "no steps"
-        return "\n".join([f"{span}, medians", *table])
+        return "\n".join([f"{span}; {self.tally}", *table])
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One line for each layer and one for all together, indexed by name, with the fields of :class:`Row`.
@@ -109,15 +135,20 @@ def summarise(history: History, last: int = 500) -> Summary:
     if last < 1:
         raise ValueError(f"Invalid last: {last}; use a number of steps, 1 or more")
     recent = history.last(last)
-    dot, sq_norm, prev_sq_norm = recent.dot, recent.sq_norm, recent.prev_sq_norm
+    dot, sq_norm = recent.dot, recent.sq_norm
     sizes = np.abs(dot)
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = sizes / np.nansum(sizes, axis=1, keepdims=True)
     along, along_all = step_curvature(recent)
     remedies = _remedies(recent)
-    diffs = recent.diff_sq_norm
+    room, room_all = _headroom(history)
 
-    def row(name: str, mu: np.ndarray, norms: np.ndarray, diff, prev, along: np.ndarray, share: float) -> Row:
+    whole = recent.global_correlation()
+    noisy = OSCILLATES < _median(whole) < AGREES
+
+    def row(
+        name: str, mu: np.ndarray, norms: np.ndarray, along: np.ndarray, room: float, share: float
+    ) -> Row:
         known = mu[np.isfinite(mu)]
         values = {
             "layer": name,
@@ -127,18 +158,16 @@ def summarise(history: History, last: int = 500) -> Summary:
             "step_curvature": _median(along),
             "share": share,
         }
-        state, hint = _judged(
-            known, norms, _headroom(along, diff, prev), remedies, recent.about.get("quantity")
-        )
+        state, hint = _judged(known, norms, room, remedies, recent.about.get("quantity"), noisy)
         return Row(**values, state=state, hint=hint)
 
     mu = recent.correlation()
     layers = tuple(
-        row(name, mu[:, i], sq_norm[:, i], diffs[:, i], prev_sq_norm[:, i], along[:, i], _mean(shares[:, i]))
+        row(name, mu[:, i], sq_norm[:, i], along[:, i], float(room[i]), _mean(shares[:, i]))
         for i, name in enumerate(recent.layer_names)
     )
-    sums = (sq_norm.sum(1), diffs.sum(1), prev_sq_norm.sum(1), along_all)
-    overall = row("all layers", recent.global_correlation(), *sums, 1.0 if layers else math.nan)
+    share = 1.0 if layers else math.nan
+    overall = row(ALL, whole, sq_norm.sum(1), along_all, room_all, share)
     steps = recent.steps
     first, final = (int(steps[0]), int(steps[-1])) if len(steps) else (-1, -1)
     return Summary(first, final, overall, layers)
@@ -172,9 +201,9 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def _judged(
-    mu: np.ndarray, sq_norm: np.ndarray, headroom: float, remedies: str, quantity: str | None
+    mu: np.ndarray, sq_norm: np.ndarray, headroom: float, remedies: str, quantity: str | None, noisy: bool
 ) -> tuple[str, str]:
-    """A state and what to tell of it; `mu` has no NaN."""
+    """A state and what to tell of it; `mu` has no NaN. Noise is in all layers, or it is none: `noisy`."""
     count, what = len(mu), "updates" if quantity == "updates" else "gradients"
     if count < MIN_STEPS:
         return "unknown", f"not enough steps: {count} pairs are known, {MIN_STEPS} are needed"
@@ -194,29 +223,39 @@ def _judged(
             return "smooth", reason
         if headroom < 1.5:
             return "smooth", f"{reason}: close to the edge"
-        times = f"about {headroom:.2g}x" if headroom < AMPLE else f"more than {AMPLE:.0f}x"
-        return "smooth", f"{reason}: the rate can grow, by at most {times} before the edge"
+        if headroom > AMPLE:
+            return "smooth", f"{reason}: the rate can grow: the edge is not in sight"
+        return "smooth", f"{reason}: the rate can grow about {headroom:.2g}x before the edge"
     if median >= AGREES:
         return "agrees", f"adjacent {what} agree (mu {median:+.2f}) without oscillating"
-    if what == "updates":
-        return "noise", f"adjacent updates hardly agree (mu {median:+.2f})"
-    return "noise", (
-        f"noise: adjacent gradients hardly agree (mu {median:+.2f}), as those of mini-batches: "
-        "look at update correlations"
-    )
+    hardly = f"adjacent {what} hardly agree (mu {median:+.2f})"
+    if what == "updates" or not noisy:
+        return "mixed", f"{hardly}: neither smooth nor oscillating"
+    return "noise", f"noise, if these are mini-batches: {hardly}; look at update correlations"
 
 
-def _headroom(along: np.ndarray, diff_sq_norm: np.ndarray, prev_sq_norm: np.ndarray) -> float:
-    """How many times larger the step could be before the edge, at most; NaN where no curvature follows.
+def _headroom(history: History) -> tuple[np.ndarray, float]:
+    """How many times larger the step could be before the edge, (L,), and of all layers together.
 
     ||g_t - g_{t-1}|| / ||g_{t-1}|| is the step times ||H u||, u the direction of the step: at most the step
-    times the sharpness, and at least that times the curvature along the step.
+    times the sharpness. Its largest in the whole record counts, as smooth training leaves the directions of
+    large curvature soon, so that recent steps do not meet it; the sharpness may have changed since then. NaN
+    where no curvature follows.
     """
+    along, along_all = step_curvature(history)
+    step, rates = history.prev_step_size, history.prev_lr
+    diff, prev = history.diff_sq_norm, history.prev_sq_norm
+    if not len(step):
+        return np.full(along.shape[1], np.nan), math.nan
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.sqrt(diff_sq_norm / prev_sq_norm)[np.isfinite(along)]
-    ratio = ratio[np.isfinite(ratio)]
-    largest = float(np.quantile(ratio, 0.9)) if len(ratio) else math.nan
-    return 2 / largest if largest > 0 else math.nan
+        now = history.lr[-1] / rates
+        layers = np.where(np.isfinite(along), now * np.sqrt(diff / prev), np.nan)
+        together = now.mean(1) * np.sqrt((step * diff).sum(1) / (step * prev).sum(1))
+        together = np.where(np.isfinite(along_all), together, np.nan)
+        columns = np.concatenate([layers, together[:, None]], axis=1)
+        largest = np.where(np.isfinite(columns), columns, 0.0).max(0)
+        room = np.where(largest > 0, 2 / largest, np.nan)
+    return room[:-1], float(room[-1])
 
 
 def _remedies(history: History) -> str:

@@ -276,8 +276,8 @@ def heat_map(
         f'<div class="heat" data-map="{escaped(json.dumps(content, separators=(",", ":")))}">'
         f'<div class="axis"><span>{escaped(names[0])} (first layer) above</span>'
         f'<span class="key">−1 <span class="scale" style="background: {scale}"></span> +1</span></div>'
-        f'<canvas tabindex="0" role="img" aria-label="{escaped(what)} of {count(len(names), "layer")}"></canvas>'
-        "<output></output>"
+        f'<canvas tabindex="0" role="img" '
+        f'aria-label="{escaped(what)} of {count(len(names), "layer")}"></canvas><output></output>'
         f'<div class="axis"><span>{unit} {numbers[0]}</span>'
         f"<span>{escaped(names[-1])} (last layer) below</span>"
         f"<span>{numbers[-1]}</span></div></div>"

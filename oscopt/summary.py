@@ -7,7 +7,6 @@ descent at known multiples of 2 / sharpness (tests/oscopt/test_summary.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -26,8 +25,10 @@ OSCILLATES = -0.2
 """Median correlation from which on downwards a layer oscillates, ..."""
 OFTEN_NEGATIVE = 0.6
 """... and the share of steps with a negative correlation that it takes."""
+SELDOM_NEGATIVE = 0.1
+"""The share up to which gradients agree, ..."""
 AGREES, SMOOTH = 0.3, 0.9
-"""Median correlations from which on adjacent gradients agree, and training is smooth. Between `OSCILLATES`
+"""... and the median correlations from which on they do, and training is smooth. Between `OSCILLATES`
 and `AGREES` they hardly agree: noise if all layers together do so too, else a mixture of both."""
 GROWS = 10.0
 """Growth of the gradient's norm, within the steps looked at, that makes oscillation a divergence."""
@@ -144,6 +145,7 @@ def summarise(history: History, last: int = 500) -> Summary:
     room, room_all = _headroom(history)
 
     whole = recent.global_correlation()
+    lost = _lost(history)
     noisy = OSCILLATES < _median(whole) < AGREES
 
     def row(
@@ -158,7 +160,7 @@ def summarise(history: History, last: int = 500) -> Summary:
             "step_curvature": _median(along),
             "share": share,
         }
-        state, hint = _judged(known, norms, room, remedies, recent.about.get("quantity"), noisy)
+        state, hint = _judged(known, norms, room, remedies, recent.about.get("quantity"), noisy, lost)
         return Row(**values, state=state, hint=hint)
 
     mu = recent.correlation()
@@ -201,9 +203,23 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def _judged(
-    mu: np.ndarray, sq_norm: np.ndarray, headroom: float, remedies: str, quantity: str | None, noisy: bool
+    mu: np.ndarray,
+    sq_norm: np.ndarray,
+    headroom: float,
+    remedies: str,
+    quantity: str | None,
+    noisy: bool,
+    lost: int | None,
 ) -> tuple[str, str]:
-    """A state and what to tell of it; `mu` has no NaN. Noise is in all layers, or it is none: `noisy`."""
+    """A state and what to tell of it.
+
+    Args:
+        mu: correlations, none of them NaN.
+        noisy: whether all layers together hardly agree: noise is in all layers, or it is none.
+        lost: the last step with a finite gradient in any layer, if later ones have none.
+    """
+    if lost is not None:
+        return "diverges", f"diverged: no finite {quantity or 'gradients'} after step {lost}: {remedies}"
     count, what = len(mu), "updates" if quantity == "updates" else "gradients"
     if count < MIN_STEPS:
         return "unknown", f"not enough steps: {count} pairs are known, {MIN_STEPS} are needed"
@@ -217,12 +233,17 @@ def _judged(
         if what == "updates":
             return "edge", f"adjacent updates undo each other {share}: {remedies}"
         return "edge", f"oscillates at the edge of stability {share}: {remedies}"
+    if median >= AGREES and negative > SELDOM_NEGATIVE:
+        return (
+            "mixed",
+            f"{what} turn round in {100 * negative:.0f} % of the last {count} steps and agree in most",
+        )
     if median >= SMOOTH:
         reason = f"smooth: mu > {math.floor(100 * median) / 100:.2f}" if median < 1 else "smooth: mu = 1"
         if what == "updates" or not math.isfinite(headroom) or median < FULL_BATCH:
             return "smooth", reason
         if headroom < 1.5:
-            return "smooth", f"{reason}: close to the edge"
+            return "smooth", f"{reason}: earlier steps met the edge at about this rate"
         if headroom > AMPLE:
             return "smooth", f"{reason}: the rate can grow: the edge is not in sight"
         return "smooth", f"{reason}: the rate can grow about {headroom:.2g}x before the edge"
@@ -258,14 +279,21 @@ def _headroom(history: History) -> tuple[np.ndarray, float]:
     return room[:-1], float(room[-1])
 
 
+def _lost(history: History) -> int | None:
+    """The last step with a finite gradient in any layer, if there is one and later steps have none."""
+    finite = np.flatnonzero(np.isfinite(history.sq_norm).any(1))
+    return int(history.steps[finite[-1]]) if len(finite) and finite[-1] < len(history) - 1 else None
+
+
 def _remedies(history: History) -> str:
     """What helps against oscillation, where it is not there already."""
-    remedies: Sequence[str] = ["a smaller rate here"]
-    if history.about.get("optimizer", "OscGD") in ("OscGD", "SGD"):
-        if not np.isfinite(history.momentum_sq_norm).any():
-            remedies = [*remedies, "or momentum"]
-        if not (history.step_scale != 1).any():
-            remedies = [*remedies, "or adapt='auto'"]
+    about = history.about
+    own, plain = about.get("optimizer", "OscGD") == "OscGD", about.get("plain", True)
+    remedies = ["a smaller rate here"]
+    if (own or plain) and not np.isfinite(history.momentum_sq_norm).any():
+        remedies.append("or momentum")
+    if (own or plain) and not (np.isfinite(history.step_scale) & (history.step_scale != 1)).any():
+        remedies.append("or adapt='auto'")
     return ", ".join(remedies)
 
 

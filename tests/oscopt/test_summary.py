@@ -11,6 +11,7 @@ from torch import nn
 from oscopt import History, OscGD, OscMonitor
 from oscopt.kernels import SUMS
 from oscopt.summary import step_curvature
+from study.sharpness import top_eigenvalue
 
 
 def record(mu: np.ndarray, sq_norm: np.ndarray | float = 1.0, scale: np.ndarray | float = 1.0) -> History:
@@ -55,6 +56,8 @@ def waves(median: float, spread: float = 0.05, steps: int = 200) -> np.ndarray:
         (waves(0.6, 0.1), 1.0, "agrees"),
         (waves(0.05, 0.1), 1.0, "noise"),
         (waves(-0.05, 0.1), 1.0, "noise"),
+        (np.where(np.arange(200)[:, None] % 3, 0.99, -0.9) * np.ones(2), 1.0, "mixed"),
+        (waves(0.95), np.where(np.arange(200) < 150, 1.0, np.nan)[:, None], "diverges"),
         (waves(-0.98)[:20], 1.0, "unknown"),
         (np.full((200, 2), np.nan), 1.0, "unknown"),
     ],
@@ -62,7 +65,37 @@ def waves(median: float, spread: float = 0.05, steps: int = 200) -> np.ndarray:
 def test_states_of_synthetic_records(mu, sq_norm, state):
     summary = record(mu, sq_norm).summary()
     assert {row.state for row in (summary.overall, *summary.layers)} == {state}
-    assert state in summary.overall.hint or state in ("edge", "agrees", "unknown")
+
+
+def test_noise_is_in_all_layers():
+    """One layer that hardly agrees, while all together oscillate, is no noise."""
+    mu = np.concatenate([waves(-0.9), waves(0.0)], axis=1)
+    summary = record(mu, np.array([9.0, 9.0, 1.0, 1.0])).summary()
+    assert [row.state for row in summary.layers] == ["edge", "edge", "mixed", "mixed"]
+    assert "4 layers: 2 oscillating, 2 between (oscillating: layer0, layer1)" in str(summary)
+
+
+@pytest.mark.parametrize(
+    ("about", "advice"),
+    [
+        ({}, "a smaller rate here, or momentum, or adapt='auto'"),
+        ({"optimizer": "SGD"}, "a smaller rate here, or momentum, or adapt='auto'"),
+        ({"optimizer": "AdamW", "plain": False}, "a smaller rate here"),
+    ],
+)
+def test_advice_fits_the_optimizer(about, advice):
+    history = record(waves(-0.98))
+    history.about |= about
+    assert history.summary().overall.hint.endswith(f": {advice}")
+
+
+def test_headroom():
+    """The largest curvature that was met limits the rate, at the rate of now."""
+    mu = waves(0.9999, 1e-5)
+    far = record(mu).summary().overall.hint
+    assert far.endswith("the edge is not in sight")
+    mu[3] = 0.875  # ||g_t - g_{t-1}|| / ||g_{t-1}|| is 1/2
+    assert record(mu).summary().overall.hint.endswith("the rate can grow about 4x before the edge")
 
 
 def test_numbers():
@@ -109,10 +142,10 @@ def test_step_curvature_is_that_of_the_quadratic():
 def test_no_curvature_where_it_does_not_follow(kind, tmp_path):
     net = nn.Linear(3, 2)
     if kind in ("momentum", "weight_decay"):
-        optimizer = OscGD(net.named_parameters(), lr=0.1, backend="torch", **{kind: 0.1})
+        optimizer = OscGD(net.named_parameters(), lr=1e-3, backend="torch", **{kind: 0.1})
         history = optimizer.history
     else:
-        optimizer = (torch.optim.AdamW if kind == "adamw" else torch.optim.SGD)(net.parameters(), lr=0.1)
+        optimizer = (torch.optim.AdamW if kind == "adamw" else torch.optim.SGD)(net.parameters(), lr=1e-3)
         monitor = OscMonitor(optimizer, net.named_parameters(), what=("grad", "update"), backend="torch")
         history = monitor.update_history if kind == "update" else monitor.history
         if kind == "update":
@@ -159,3 +192,57 @@ def test_reading_changes_nothing():
     np.testing.assert_equal(history.to_numpy(), before)
     assert len(history.last(70)) == 70 and len(history) == 200
     np.testing.assert_array_equal(history.last(70).steps, history.steps[-70:])
+
+
+def descent_of_known_state(kind: str, seed: int, factor: float) -> tuple[str, tuple[str, ...]]:
+    """What the summary says of full-batch descent at `factor` times 2 / sharpness, and what is true.
+
+    True is what follows from the sharpness before and after the steps looked at; nothing where it does not.
+    """
+    torch.manual_seed(seed)
+    squares = kind == "squares"
+    act, out = (nn.Tanh, 1) if squares else (nn.ReLU, 3)
+    net = nn.Sequential(nn.Linear(8, 16), act(), nn.Linear(16, 16), act(), nn.Linear(16, out)).double()
+    x = torch.randn(40, 8).double()
+    waved = torch.sin(x.sum(1, keepdim=True)) + 0.3 * torch.randn(40, 1).double()
+    y = waved if squares else torch.randint(0, 3, (40,))
+    loss_fn = nn.functional.mse_loss if squares else nn.functional.cross_entropy
+
+    def descend(optimizer: OscGD, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_fn(net(x), y).backward()
+            optimizer.step()
+
+    def sharpness() -> float:
+        return top_eigenvalue(lambda: [loss_fn(net(x), y)], list(net.parameters()))
+
+    descend(OscGD(net.named_parameters(), lr=0.02, backend="torch"), 50)
+    lr = factor * 2 / sharpness()
+    optimizer = OscGD(net.named_parameters(), lr=lr, backend="torch")
+    descend(optimizer, 200)
+    ratios = [lr * sharpness() / 2]
+    descend(optimizer, 50)
+    ratios.append(lr * sharpness() / 2)
+    said = optimizer.history.summary(last=50).overall.state
+    if not np.isfinite(ratios[-1]):
+        return said, ("diverges",)
+    if min(ratios) > 0.9:
+        return said, ("edge",)
+    return said, ("smooth", "agrees") if max(ratios) < 0.7 else ()
+
+
+@pytest.mark.slow
+def test_runs_of_known_state():
+    """20 runs, of which the state is known of 16 at least; 9 of 10 of these are told right."""
+    pytest.importorskip("scipy")
+    cases = [("squares", seed) for seed in (0, 1, 2)] + [("classes", seed) for seed in (3, 4)]
+    runs = {
+        (*case, factor): descent_of_known_state(*case, factor)
+        for case in cases
+        for factor in (0.1, 1.0, 1.9, 2.1)
+    }
+    known = {key: run for key, run in runs.items() if run[1]}
+    wrong = {key: (said, true) for key, (said, true) in known.items() if said not in true}
+    assert len(known) >= 16 and {true[0] for _, true in known.values()} == {"smooth", "edge", "diverges"}
+    assert len(wrong) <= len(known) / 10, wrong

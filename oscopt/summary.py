@@ -30,8 +30,9 @@ SELDOM_NEGATIVE = 0.1
 AGREES, SMOOTH = 0.3, 0.9
 """... and the median correlations from which on they do, and training is smooth. Between `OSCILLATES`
 and `AGREES` they hardly agree: noise if all layers together do so too, else a mixture of both."""
-GROWS = 10.0
-"""Growth of the gradient's norm, within the steps looked at, that makes oscillation a divergence."""
+GROWS = 1.1
+"""Median growth of the gradient's norm in a step that makes oscillation a divergence. At the edge of
+stability it grows more slowly, until the curvature gives way."""
 FULL_BATCH = 0.98
 """A headroom is told from this median correlation on: below, noise would pass for curvature."""
 AMPLE = 20.0
@@ -226,9 +227,9 @@ def _judged(
     median, negative = float(np.median(mu)), float((mu < 0).mean())
     if median <= OSCILLATES and negative >= OFTEN_NEGATIVE:
         share = f"in {100 * negative:.0f} % of the last {count} steps"
-        known = np.sqrt(sq_norm[np.isfinite(sq_norm)])
-        part = max(1, len(known) // 5)
-        if np.median(known[-part:]) > GROWS * np.median(known[:part]) > 0:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            growth = np.sqrt(sq_norm[1:] / sq_norm[:-1])
+        if _median(growth) > GROWS:
             return "diverges", f"diverges: {what} turn round {share} and grow: {remedies}"
         if what == "updates":
             return "edge", f"adjacent updates undo each other {share}: {remedies}"

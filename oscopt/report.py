@@ -50,6 +50,7 @@ _SVG, _COLOUR = re.compile(r"<svg.*?</svg>", re.DOTALL), re.compile(r"(?<=: )#[0
 _THEMED = {
     "#000000": "currentColor",
     "#ffffff": "var(--paper)",
+    "#e0e0e0": "var(--shade)",
     **{colour: f"var(--line{i})" for i, colour in enumerate(LINE_COLOURS)},
 }
 

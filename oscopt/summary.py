@@ -251,7 +251,7 @@ def _judged(
     if median >= AGREES:
         return "agrees", f"adjacent {what} agree (mu {median:+.2f}) without oscillating"
     hardly = f"adjacent {what} hardly agree (mu {median:+.2f})"
-    if what == "updates" or not noisy:
+    if what == "updates" or not noisy or median <= OSCILLATES:
         return "mixed", f"{hardly}: neither smooth nor oscillating"
     return "noise", f"noise, if these are mini-batches: {hardly}; look at update correlations"
 

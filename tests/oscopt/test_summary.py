@@ -57,6 +57,7 @@ def waves(median: float, spread: float = 0.05, steps: int = 200) -> np.ndarray:
         (waves(0.05, 0.1), 1.0, "noise"),
         (waves(-0.05, 0.1), 1.0, "noise"),
         (np.where(np.arange(200)[:, None] % 3, 0.99, -0.9) * np.ones(2), 1.0, "mixed"),
+        (np.where(np.arange(200)[:, None] % 2, -0.7, 0.1) * np.ones(2), 1.0, "mixed"),
         (waves(0.95), np.where(np.arange(200) < 150, 1.0, np.nan)[:, None], "diverges"),
         (waves(-0.98)[:20], 1.0, "unknown"),
         (np.full((200, 2), np.nan), 1.0, "unknown"),

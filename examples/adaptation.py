@@ -26,7 +26,7 @@ for step in range(args.steps):
     optimizer.step()
     schedule.step()
     if step % 50 == 0:
-        print(f"step {step}: loss {loss.item():.4f}")
+        print(f"step {step}: loss {loss.item():.3g}")
 
-print(f"loss {loss.item():.4f}")
+print(f"loss {loss.item():.3g}")
 optimizer.history.report(args.out)

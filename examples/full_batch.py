@@ -25,6 +25,6 @@ for _step in range(args.steps):
     loss.backward()
     optimizer.step()
 
-print(f"loss {loss.item():.4f}")
+print(f"loss {loss.item():.3g}")
 print(optimizer.history.summary())
 optimizer.history.report(args.out)

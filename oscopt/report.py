@@ -261,14 +261,14 @@ def heat_map(
     """
     most = max(1, min(_COLUMNS, _CELLS // max(1, len(names))))
     numbers = np.arange(len(values)) if at is None else at
-    edges = stretches(len(values), most)
-    shown = binned(values, most).T
+    edges = np.ceil(_edges(numbers, most)).astype(int)
+    shown = binned(values, most, numbers).T
     bytes_ = np.where(np.isfinite(shown), np.round(np.nan_to_num(shown) * 100), -128).astype(np.int8)
     content = {
         "layers": list(names),
         "unit": unit,
-        "first": numbers[edges[:-1]].tolist(),
-        "last": numbers[edges[1:] - 1].tolist(),
+        "first": edges[:-1].tolist(),
+        "last": (edges[1:] - 1).tolist(),
         "values": base64.b64encode(bytes_.tobytes()).decode(),
         "colours": [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in MAP_COLOURS],
     }
@@ -285,26 +285,34 @@ def heat_map(
     )
 
 
-def stretches(rows: int, most: int) -> np.ndarray:
-    """Edges of at most `most` stretches of about equal length, of `rows` rows."""
-    return np.linspace(0, rows, min(rows, most) + 1).astype(int)
+def binned(values: np.ndarray, most: int = _COLUMNS, at: np.ndarray | None = None) -> np.ndarray:
+    """Rows (T, L) averaged over equal stretches so that at most `most` are left; NaN where nothing is known.
 
-
-def binned(values: np.ndarray, most: int = _COLUMNS) -> np.ndarray:
-    """Rows (T, L) averaged over equal stretches so that at most `most` are left; NaN only where all are."""
-    if len(values) <= most:
-        return values
-    edges = stretches(len(values), most)
+    Args:
+        at: numbers of the rows, ascending, of which stretches are made. Default: 0, 1, ...
+    """
+    if at is None:
+        if len(values) <= most:
+            return values
+        at = np.arange(len(values))
+    rows = np.searchsorted(at, _edges(at, most))
     known = np.isfinite(values)
-    total = np.add.reduceat(np.where(known, values, 0.0), edges[:-1])
-    with np.errstate(invalid="ignore"):
-        return total / np.add.reduceat(known.astype(int), edges[:-1])
+    total = np.add.reduceat(np.where(known, values, 0.0), rows[:-1])
+    count = np.add.reduceat(known.astype(int), rows[:-1])
+    count[rows[:-1] == rows[1:]] = 0  # a stretch without a row, of a record that was thinned
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(count > 0, total / count, np.nan)
+
+
+def _edges(at: np.ndarray, most: int) -> np.ndarray:
+    """Of at most `most` equally long stretches of the numbers `at`."""
+    return np.linspace(at[0], at[-1] + 1, min(len(at), most) + 1)
 
 
 def line(axis: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
     """Draw a line; of a long one the least and the greatest value of each of 500 stretches."""
     if len(y) > _POINTS:
-        edges = stretches(len(y), _POINTS // 2)
+        edges = np.linspace(0, len(y), _POINTS // 2 + 1).astype(int)
         keep: list[int] = []
         for start, stop in zip(edges[:-1], edges[1:], strict=True):
             part = y[start:stop]

@@ -143,6 +143,11 @@ def test_binned():
     values = np.array([[1.0], [3.0], [np.nan], [5.0], [np.nan], [np.nan]])
     np.testing.assert_array_equal(binned(values, 3), [[2.0], [5.0], [np.nan]])
     assert binned(values, 6) is values
+    thinned = binned(values, 4, np.array([0, 10, 20, 37, 38, 39]))  # a stretch is 10 steps long
+    np.testing.assert_array_equal(thinned, [[1.0], [3.0], [np.nan], [5.0]])
+    gap = binned(values[:4], 3, np.array([0, 1, 2, 29]))
+    np.testing.assert_array_equal(gap, [[2.0], [np.nan], [5.0]])
+    np.testing.assert_array_equal(binned(values, 9, np.arange(0, 60, 10)), values)
 
 
 def test_reading_changes_nothing():

@@ -56,7 +56,7 @@ class History:
         ValueError: `limit` is less than 512, or `sketches` is no power of two from 16 to 1024.
 
     Attributes:
-        about: what the record is of, as the optimizer or monitor says when it is made, saved with the record:
+        about: what the record is of, as the optimizer or monitor says when it is made, saved with it:
             `optimizer` (its class), `quantity` ("gradients" or "updates"), `plain` (False: the steps are other
             ones than the learning rate times the gradient, so that no curvature follows).
     """

@@ -57,7 +57,7 @@ class History:
 
     Attributes:
         about: what the record is of, as the optimizer or monitor says when it is made, saved with it:
-            `optimizer` (its class), `quantity` ("gradients" or "updates"), `plain` (False: the steps are other
+            `optimizer` (its class), `quantity` ("gradients" or "updates"), `plain` (False: steps are other
             ones than the learning rate times the gradient, so that no curvature follows).
     """
 

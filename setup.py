@@ -25,7 +25,7 @@ setup(
     license_files=["LICENSE"],
     packages=["oscopt", "oscopt.kernels"],
     package_dir={"oscopt.kernels": "kernels"},
-    package_data={"oscopt": ["py.typed"]},
+    package_data={"oscopt": ["py.typed", "page.css", "page.js"]},
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={

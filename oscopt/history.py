@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from .kernels import SUMS
 if TYPE_CHECKING:
     import pandas
     import xarray
+
+    from .summary import Summary
 
 RECORDED = (*SUMS, "correlation_stderr", "step_scale", "prev_step_scale")
 """What one row of the record holds for each layer."""
@@ -51,6 +54,11 @@ class History:
 
     Raises:
         ValueError: `limit` is less than 512, or `sketches` is no power of two from 16 to 1024.
+
+    Attributes:
+        about: what the record is of, as the optimizer or monitor says when it is made, saved with it:
+            `optimizer` (its class), `quantity` ("gradients" or "updates"), `plain` (False: steps are other
+            ones than the learning rate times the gradient, so that no curvature follows).
     """
 
     def __init__(self, limit: int | None = 32_768, sketches: int | None = None) -> None:
@@ -58,6 +66,7 @@ class History:
             raise ValueError(f"Invalid limit: {limit}; use at least {2 * _BLOCK} steps, or None")
         if sketches is not None and sketches not in _SKETCHES:
             raise ValueError(f"Invalid sketches: {sketches!r}; use one of {', '.join(map(str, _SKETCHES))}")
+        self.about: dict[str, Any] = {}
         self._limit = limit
         self._sketches = sketches
         self._seeds: dict[str, int] = {}  # of the layers' sketches
@@ -587,6 +596,44 @@ class History:
         coordinates = {"step": arrays.pop("steps"), "layer": arrays.pop("layer_names")}
         return xarray.Dataset({k: (("step", "layer"), v) for k, v in arrays.items()}, coordinates)
 
+    def last(self, count: int) -> History:
+        """The last `count` of the steps that are held, as a history of its own."""
+        blocks: list[_Block] = []
+        for block in reversed(self._all_blocks()):
+            if count <= 0:
+                break
+            blocks.insert(0, block.between(max(0, len(block) - count), len(block)))
+            count -= len(block)
+        return self._history_of(blocks)
+
+    def summary(self, last: int = 500) -> Summary:
+        """What the last steps say of each layer and of all together: ``print(history.summary())``.
+
+        Args:
+            last: how many of the measured steps that are held.
+
+        Raises:
+            ValueError: `last` is less than 1.
+        """
+        from .summary import summarise
+
+        return summarise(self, last)
+
+    def report(self, path: str | os.PathLike, title: str | None = None) -> None:
+        """Write one page that shows the record and opens without a network. Needs matplotlib.
+
+        Args:
+            path: of the .html file, which appears when it is whole.
+            title: above the page. Default: what was measured.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: the history holds no steps.
+        """
+        from .report import write
+
+        write(path, [self], title)
+
     # ---- files -------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
@@ -652,7 +699,8 @@ class History:
         arrays = {
             name: torch.from_numpy(np.array(value)) for name, value in self._arrays(names=False).items()
         }
-        return arrays | {"format": _FORMAT, "layer_names": list(self.layer_names)}
+        about = json.dumps(self.about)
+        return arrays | {"format": _FORMAT, "layer_names": list(self.layer_names), "about": about}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> History:
@@ -673,7 +721,11 @@ class History:
             "drained": np.array(self._drained),
             "steps": whole.steps,
             "ordinals": whole.ordinals,
-            **({"layer_names": np.array(self.layer_names, str)} if names else {}),
+            **(
+                {"layer_names": np.array(self.layer_names, str), "about": np.array(json.dumps(self.about))}
+                if names
+                else {}
+            ),
             **{name: np.ascontiguousarray(whole.sums[:, i]) for i, name in enumerate(RECORDED)},
             **whole.rates,
             **self._sketch_arrays(whole),
@@ -718,6 +770,7 @@ class History:
             history._seeds = {name: seed for name, seed in seeds if seed >= 0}
         history._count = int(data.get("count", count))
         history._drained = int(data.get("drained", -1))
+        history.about = json.loads(str(data.get("about", "{}")))
         ordinals = np.asarray(data.get("ordinals", np.arange(count)), np.int64)
         if count:
             sums = np.stack([data[name] for name in RECORDED], axis=1)
@@ -767,6 +820,7 @@ class History:
 
     def _history_of(self, blocks: list[_Block]) -> History:
         history = History(limit=None, sketches=self._sketches)
+        history.about = dict(self.about)
         history._seeds = dict(self._seeds)
         history._layer_names, history._blocks = self._layer_names, list(blocks)
         history._held = sum(map(len, blocks))

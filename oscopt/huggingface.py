@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     from transformers import TrainerCallback
@@ -13,8 +13,12 @@ except ImportError as error:
 import numpy as np
 
 from .history import History
+from .loggers import layers_picture
 from .monitor import OscMonitor
 from .optimizer import OscGD
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class OscTrainerCallback(TrainerCallback):
@@ -30,6 +34,10 @@ class OscTrainerCallback(TrainerCallback):
         log: called with the numbers by name, for example ``wandb.log``.
         prefix: of the names.
         log_layers: whether single layers are logged, too.
+        picture: called with a picture of all layers over all steps (a matplotlib figure) and the step, after
+            every `picture_every` steps and at the end, for example
+            ``lambda figure, step: wandb.log({"oscopt/layers": wandb.Image(figure)})``.
+        picture_every: steps between two pictures.
         options: of the :class:`oscopt.OscMonitor`: `what`, `layers`, `every`, ... An
             :class:`oscopt.OscGD` measures itself.
 
@@ -42,8 +50,13 @@ class OscTrainerCallback(TrainerCallback):
         log: Callable[[dict[str, float]], Any] | None = None,
         prefix: str = "oscopt",
         log_layers: bool = False,
+        picture: Callable[[Figure, int], Any] | None = None,
+        picture_every: int = 500,
         **options: Any,
     ) -> None:
+        if picture_every < 1:
+            raise ValueError(f"Invalid picture_every: {picture_every}; use a number of steps")
+        self._picture, self._picture_every = picture, picture_every
         self.meter: OscGD | OscMonitor | None = None
         self._log, self._prefix, self._log_layers, self._options = log, prefix, log_layers, options
 
@@ -72,8 +85,21 @@ class OscTrainerCallback(TrainerCallback):
             if self._log is not None:
                 self._log(values)
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self._picture_every == 0:
+            self._show(state)
+
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._show(state)
         self.detach()
+
+    def _show(self, state) -> None:
+        if self._picture is None or self.meter is None:
+            return
+        own = isinstance(self.meter, OscGD) or "grad" in self.meter.what
+        history = self.meter.history if own else self.meter.update_history
+        if len(history):
+            self._picture(layers_picture(history), state.global_step)
 
     def detach(self) -> None:
         """Stop measuring; the meter's history stays."""

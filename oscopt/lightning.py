@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 try:
@@ -13,7 +14,7 @@ except ImportError:  # the same under its older name
         raise ImportError("oscopt.lightning needs Lightning: pip install lightning") from error
 
 from .history import History
-from .loggers import new_scalars
+from .loggers import log_picture, new_scalars
 from .monitor import OscMonitor
 from .optimizer import OscGD
 
@@ -27,13 +28,24 @@ class OscCallback(pl.Callback):
     Args:
         prefix: of the logged names, with the optimizer's number behind it if there are several.
         log_layers: whether single layers are logged, too.
+        picture_every: after so many steps, and at the end, a picture of all layers goes to the loggers that
+            take one (TensorBoard, Weights & Biases), as `prefix/layers`; needs matplotlib. None: none does.
         options: of the monitors: `what`, `layers`, `every`, ...
 
     Attributes:
         meters: an OscGD or OscMonitor for each optimizer; their `history` stays after `fit`.
     """
 
-    def __init__(self, prefix: str = "oscopt", log_layers: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        prefix: str = "oscopt",
+        log_layers: bool = True,
+        picture_every: int | None = None,
+        **options: Any,
+    ) -> None:
+        if picture_every is not None and picture_every < 1:
+            raise ValueError(f"Invalid picture_every: {picture_every}; use a number of steps, or None")
+        self._picture_every = picture_every
         self.meters: list[OscGD | OscMonitor] = []
         self._prefix, self._log_layers, self._options = prefix, log_layers, options
         self._restored: list[dict[str, Any]] = []
@@ -59,9 +71,13 @@ class OscCallback(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(trainer)
+        if self._picture_every and trainer.global_step % self._picture_every == 0:
+            self._log_pictures(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log(trainer)
+        if self._picture_every:
+            self._log_pictures(trainer)
         self._let_go()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: Any) -> None:
@@ -73,13 +89,21 @@ class OscCallback(pl.Callback):
                 meter.detach()
 
     def _log(self, trainer: pl.Trainer) -> None:
+        for prefix, history in self._named():
+            for step, values in new_scalars(history, prefix, self._log_layers):
+                for logger in trainer.loggers:
+                    logger.log_metrics(values, step=step)
+
+    def _log_pictures(self, trainer: pl.Trainer) -> None:
+        for prefix, history in self._named():
+            for logger in trainer.loggers:
+                log_picture(logger.experiment, history, f"{prefix}/layers")
+
+    def _named(self) -> Iterator[tuple[str, History]]:
         for i, meter in enumerate(self.meters):
             for key, history in _histories(meter).items():
                 number = str(i) if len(self.meters) > 1 else ""
-                prefix = self._prefix + number + ("_update" if key == "update_history" else "")
-                for step, values in new_scalars(history, prefix, self._log_layers):
-                    for logger in trainer.loggers:
-                        logger.log_metrics(values, step=step)
+                yield self._prefix + number + ("_update" if key == "update_history" else ""), history
 
     def state_dict(self) -> dict[str, Any]:
         states: list[dict[str, Any]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,6 +98,16 @@ class OscMonitor:
         given = {"grad": history, "update": update_history}
         self._optimizer = optimizer
         self._histories = {w: History() if given[w] is None else given[w] for w in self.what}
+        plain = type(optimizer) is torch.optim.SGD and not any(
+            group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
+        )
+        for quantity, record in self._histories.items():
+            record.about |= {
+                "optimizer": type(optimizer).__name__,
+                "quantity": {"grad": "gradients", "update": "updates"}[quantity],
+            }
+            if quantity == "update" or not plain:
+                record.about["plain"] = False
         self._states: dict[str, dict[Tensor, dict[str, Any]]] = {w: defaultdict(dict) for w in self.what}
         self._ranks: Ranks | None = None
         self._step = max(history.next_step for history in self._histories.values())
@@ -159,6 +170,12 @@ class OscMonitor:
     def window(self, h: int = 5, what: str = "grad") -> Window:
         """Keep the gradients, or updates, of the next `h` steps; see :meth:`oscopt.OscGD.window`."""
         return self._engine(what).open_window(h)
+
+    def report(self, path: str | os.PathLike, title: str | None = None) -> None:
+        """Write one page of all that is measured; see :meth:`oscopt.History.report`."""
+        from .report import write
+
+        write(path, [self._engine(what).history for what in self.what], title)
 
     def _engine(self, what: str) -> Engine:
         if what not in self._engines:

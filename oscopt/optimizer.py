@@ -200,6 +200,9 @@ class OscGD(Optimizer):
             raise ValueError("measure='alignment' is against the momentum: give one, such as momentum=0.9")
         self._name_all()
         self._ensure_engine()
+        self._history.about |= {"optimizer": "OscGD", "quantity": "gradients"}
+        if any(group["weight_decay"] for group in self.param_groups):
+            self._history.about["plain"] = False  # momentum shows in the record
 
     # ---- what users read ---------------------------------------------------------------------------------
 

@@ -41,7 +41,9 @@ def test_contents(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"oscopt"}
     modules = {f"oscopt/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    modules |= {f"oscopt/{path.name}" for path in (ROOT / "oscopt").glob("*.py")} | {"oscopt/py.typed"}
+    modules |= {f"oscopt/{path.name}" for path in (ROOT / "oscopt").glob("*.py")} | {
+        f"oscopt/{name}" for name in ("py.typed", "page.css", "page.js")
+    }
     assert modules <= set(names) and any(name.endswith("LICENSE") for name in names)
 
 

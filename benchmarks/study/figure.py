@@ -6,9 +6,7 @@ diverging map goes from dark to light as well as from blue to orange.
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Iterator
 
 import matplotlib
@@ -18,28 +16,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+
+from oscopt import report as page
 
 from .config import WINDOW, Config
 from .rules import Record, phase_signs
 
-MAP_COLOURS = ("#0b2559", "#3a6cb4", "#aaaaaa", "#f3b673", "#fff6dd")
-"""Of the correlations -1, -1/2, 0, 1/2, 1: each lighter than the one before."""
-MAP = LinearSegmentedColormap.from_list("correlation", MAP_COLOURS)
+MAP = page.colour_map()
 _DASHES = ("-", "--", "-.", ":")
-_COLOURS = ("#1f4e79", "#d1495b", "#6a994e", "#8d6a9f")
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-    "svg.fonttype": "none",  # text stays text: a tenth of the size
-    "svg.hashsalt": "oscopt",
-}
-_POINTS = 1000  # of a line; longer runs are drawn as the least and greatest value of so many stretches
-
-_PATH, _LONG = re.compile(r' d="[^"]*"'), re.compile(r"-?\d+\.\d{3,}")
+_COLOURS, _STYLE = page.LINE_COLOURS, page.STYLE
 
 Matrices = dict[int, dict[str, np.ndarray]]
 
@@ -153,18 +139,9 @@ def panels(record: Record, matrices: Matrices, config: Config) -> Iterator[tuple
 
 
 def svg(figure: Figure) -> str:
-    """`figure` as an element of a page; closes it."""
-    text = io.StringIO()
-    with plt.rc_context(_STYLE):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    """`figure` as an SVG that stands alone; closes it."""
     plt.close(figure)
-    whole = text.getvalue()
-    # A hundredth of a point is finer than any screen or printer; more digits are half of the size.
-    return _PATH.sub(_rounded, whole[whole.index("<svg") :])
-
-
-def _rounded(path: re.Match) -> str:
-    return _LONG.sub(lambda number: f"{float(number[0]):.2f}", path[0])
+    return page.svg(figure)
 
 
 def plain_gd(config: Config) -> bool:
@@ -275,16 +252,7 @@ def _sharpness(record: Record) -> np.ndarray:
 
 
 def _line(axis: Axes, values: np.ndarray, **style) -> None:
-    x = np.arange(len(values))
-    if len(values) > _POINTS:
-        edges = np.linspace(0, len(values), _POINTS // 2 + 1).astype(int)
-        keep = []
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
-            part = values[start:stop]
-            if np.isfinite(part).any():
-                keep += sorted({start + int(np.nanargmin(part)), start + int(np.nanargmax(part))})
-        x, values = x[keep], values[keep]
-    axis.plot(x, values, **style)
+    page.line(axis, np.arange(len(values)), values, **style)
 
 
 def _shade(axis: Axes, record: Record) -> None:
@@ -331,22 +299,17 @@ def _matrix(axis: Axes, matrix: np.ndarray, epoch: int):
     return image
 
 
-def binned(values: np.ndarray, most: int = 600) -> np.ndarray:
-    """Rows (T, L) averaged over equal stretches so that at most `most` are left; NaN only where all are."""
-    if len(values) <= most:
-        return values
-    edges = np.linspace(0, len(values), most + 1).astype(int)
-    known = np.isfinite(values)
-    total = np.add.reduceat(np.where(known, values, 0.0), edges[:-1])
-    with np.errstate(invalid="ignore"):
-        return total / np.add.reduceat(known.astype(int), edges[:-1])
-
-
 def _map(axis: Axes, values: np.ndarray, names: tuple[str, ...]):
     axis.set_facecolor("white")
     extent = (-0.5, len(values) - 0.5, len(names) - 0.5, -0.5)
     image = axis.imshow(
-        binned(values).T, cmap=MAP, vmin=-1, vmax=1, aspect="auto", interpolation="nearest", extent=extent
+        page.binned(values).T,
+        cmap=MAP,
+        vmin=-1,
+        vmax=1,
+        aspect="auto",
+        interpolation="nearest",
+        extent=extent,
     )
     step = math.ceil(len(names) / 40)
     axis.set_yticks(range(0, len(names), step), names[::step], fontsize=6)

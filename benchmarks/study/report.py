@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
+from oscopt.report import escaped as _text
+from oscopt.report import heat_map, page
 
 from . import figure
 from .config import WINDOW, Config
 from .experiments import TABLE
 from .rules import RULES, Record, Verdict
 
-_BINS = 600  # epochs of a heat map; longer runs are averaged over stretches of equal length
 _NAV = '<nav id="links">{}</nav>'
 
 
@@ -56,7 +52,7 @@ def run_page(
     if beside is not None:
         parts.append(f'<h2>Beside gradient descent</h2><div class="scroll">{beside}</div>')
     parts.append(_details("Settings", config.to_dict()) + _details("Machine and versions", machine))
-    return _page(config.name, parts)
+    return page(config.name, parts)
 
 
 _STATES = {"finished": "finished", "interrupted": "was interrupted", "diverged": "diverged"}
@@ -113,7 +109,7 @@ def index_page(title: str, notes: Iterable[str], outcomes: Sequence[Outcome]) ->
                 parts.append(f'<div class="scroll">{svg}</div>')
         if outcome.heat is not None:
             parts.append(outcome.heat)
-    return _page(title, parts)
+    return page(title, parts)
 
 
 def _run_link(seed: int, address: str, state: str) -> str:
@@ -121,10 +117,10 @@ def _run_link(seed: int, address: str, state: str) -> str:
     return f"{name} ({_text(state)})"
 
 
-def link(page: str, links: Sequence[tuple[str, str]]) -> str:
-    """`page` of a run with these links (text, address) at its top, in place of those that it had."""
+def link(whole: str, links: Sequence[tuple[str, str]]) -> str:
+    """The page `whole` of a run with these links (text, address) at its top, in place of those it had."""
     anchors = "".join(f'<a href="{_text(address)}">{_text(text)}</a>' for text, address in links)
-    return re.sub(_NAV.format(".*?"), lambda _: _NAV.format(anchors), page, count=1, flags=re.DOTALL)
+    return re.sub(_NAV.format(".*?"), lambda _: _NAV.format(anchors), whole, count=1, flags=re.DOTALL)
 
 
 def claims_table(verdicts: Sequence[Verdict]) -> str:
@@ -144,46 +140,6 @@ def number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "unknown"
 
 
-def heat_map(values: np.ndarray, names: Sequence[str], what: str) -> str:
-    """An element that shows (T, L) correlations and tells each on hover."""
-    cells = figure.binned(values, _BINS).T
-    edges = np.linspace(0, len(values), cells.shape[1] + 1).astype(int)
-    bytes_ = np.where(np.isfinite(cells), np.round(np.nan_to_num(cells) * 100), -128).astype(np.int8)
-    content = {
-        "layers": list(names),
-        "edges": edges.tolist(),
-        "values": base64.b64encode(bytes_.tobytes()).decode(),
-        "colours": [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in figure.MAP_COLOURS],
-    }
-    scale = f"linear-gradient(to right, {', '.join(figure.MAP_COLOURS)})"
-    return (
-        f'<div class="heat" data-map="{_text(json.dumps(content, separators=(",", ":")))}">'
-        f'<div class="axis"><span>{_text(names[0])} (first layer) above</span>'
-        f'<span>−1 <span class="scale" style="background: {scale}"></span> +1</span></div>'
-        f'<canvas tabindex="0" role="img" aria-label="{_text(what)} of {len(names)} layers"></canvas>'
-        "<output></output>"
-        f'<div class="axis"><span>epoch 0</span><span>{_text(names[-1])} (last layer) below</span>'
-        f"<span>{len(values) - 1}</span></div></div>"
-    )
-
-
 def _details(title: str, values: dict[str, object]) -> str:
     rows = "".join(f"<tr><td>{_text(key)}</td><td>{_text(value)}</td></tr>" for key, value in values.items())
     return f'<details><summary>{title}</summary><div class="scroll"><table>{rows}</table></div></details>'
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _page(title: str, parts: Iterable[str]) -> str:
-    here = Path(__file__).parent
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
-<style>{(here / "page.css").read_text()}</style></head><body>
-{chr(10).join(parts)}
-<script>{(here / "page.js").read_text()}</script>
-</body></html>
-"""

@@ -16,6 +16,7 @@ import torch
 from study_config import CONFIG
 
 from oscopt import History
+from oscopt.report import binned
 from study import figure, report, rules, summary
 from study.experiments import TABLE
 
@@ -168,8 +169,8 @@ def test_lines_keep_their_extremes():
 
 def test_binned():
     values = np.array([[1.0], [3.0], [np.nan], [5.0], [np.nan], [np.nan]])
-    np.testing.assert_array_equal(figure.binned(values, 3), [[2.0], [5.0], [np.nan]])
-    assert figure.binned(values, 6) is values
+    np.testing.assert_array_equal(binned(values, 3), [[2.0], [5.0], [np.nan]])
+    assert binned(values, 6) is values
 
 
 def test_the_map_is_readable_in_grey():

@@ -102,12 +102,21 @@ def test_tensorboard(tmp_path):
 
     optimizer = trained(5)
     with SummaryWriter(tmp_path) as writer:
-        loggers.log_to_tensorboard(writer, optimizer.history)
+        loggers.log_to_tensorboard(writer, optimizer.history, picture=True)
     events = EventAccumulator(str(tmp_path)).Reload()
     logged = events.Scalars("oscopt/correlation/4")
     assert [event.step for event in logged] == [1, 2, 3, 4]
     wanted = optimizer.history.correlation()[1:, 2]
     np.testing.assert_allclose([event.value for event in logged], wanted, rtol=1e-6)
+    (picture,) = events.Images("oscopt/layers")
+    assert picture.step == 4 and picture.width > 500
+
+
+def test_pictures_go_where_they_can(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert not loggers.log_picture(object(), trained(3).history)
+    with pytest.raises(ValueError, match="no steps"):
+        loggers.layers_picture(History())
 
 
 def test_wandb(tmp_path, monkeypatch):
@@ -117,11 +126,13 @@ def test_wandb(tmp_path, monkeypatch):
     run = wandb.init(mode="offline", dir=tmp_path, project="test")
     logged = []
     monkeypatch.setattr(run, "log", lambda values, log=run.log: (logged.append(values), log(values)))
-    loggers.log_to_wandb(run, optimizer.history)
+    loggers.log_to_wandb(run, optimizer.history, picture=True)
     summary = dict(run.summary)
     run.finish()
     wandb.teardown()  # or later runs of this process begin in today's working directory
+    *logged, picture = logged
     assert [values["oscopt/step"] for values in logged] == [1, 2, 3]
+    assert isinstance(picture["oscopt/layers"], wandb.Image)
     assert logged[-1]["oscopt/correlation"] == optimizer.global_correlation.item()
     assert summary["oscopt/correlation/4"] == optimizer.correlation[2].item()
 
@@ -133,7 +144,8 @@ def test_wandb(tmp_path, monkeypatch):
 def test_lightning(tmp_path, kind):
     pytest.importorskip("lightning")
     import lightning.pytorch as pl
-    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from oscopt.lightning import OscCallback
 
@@ -156,12 +168,13 @@ def test_lightning(tmp_path, kind):
                 trainer.save_checkpoint(tmp_path / "third.ckpt")
 
     def fit(epochs, checkpoint=None):
-        callback = OscCallback(what=("grad", "update"))
+        callback = OscCallback(what=("grad", "update"), picture_every=4)
         logger = CSVLogger(tmp_path, version=str(epochs), flush_logs_every_n_steps=1)
+        board = TensorBoardLogger(tmp_path, name="board", version=str(epochs))
         trainer = pl.Trainer(
             max_epochs=epochs,
             accelerator="cpu",
-            logger=logger,
+            logger=[logger, board],
             callbacks=[callback, Saver()],
             log_every_n_steps=2,
             enable_progress_bar=False,
@@ -175,6 +188,8 @@ def test_lightning(tmp_path, kind):
     meter, logged = fit(3)
     assert meter.history.steps.tolist() == list(range(9)) and not meter.correlation.isnan().any()
     assert "oscopt/correlation/net.4" in logged and len(logged.splitlines()) >= 9
+    events = EventAccumulator(str(tmp_path / "board" / "3")).Reload()
+    assert [picture.step for picture in events.Images("oscopt/layers")] == [3, 7, 8]
     if kind == "adam":
         assert "oscopt_update/correlation" in logged and len(meter.update_history) == 9
         again, logged = fit(5, tmp_path / "third.ckpt")
@@ -272,8 +287,14 @@ def test_hugging_face(tmp_path, kind):
     pytest.importorskip("transformers")
     from oscopt.huggingface import OscTrainerCallback
 
-    model, said = Loss(), []
-    callback = OscTrainerCallback(log=said.append, log_layers=True, what=("grad", "update"))
+    model, said, shown = Loss(), [], []
+    callback = OscTrainerCallback(
+        log=said.append,
+        log_layers=True,
+        picture=lambda figure, step: shown.append((type(figure).__name__, step)),
+        picture_every=4,
+        what=("grad", "update"),
+    )
     trainer = trainer_of(
         model,
         callback,
@@ -285,6 +306,7 @@ def test_hugging_face(tmp_path, kind):
     )
     trainer.train()
     assert callback.meter.history.steps.tolist() == list(range(6))
+    assert shown == [("Figure", 4), ("Figure", 6)]
     entries = [entry for entry in trainer.state.log_history if "oscopt/correlation" in entry]
     assert len(entries) >= 3 and entries[0]["oscopt/correlation/net.4"] == said[0]["oscopt/correlation/net.4"]
     mu = callback.meter.history.global_correlation()

@@ -1,17 +1,17 @@
 "use strict";
-// Heat maps: each <div class="heat" data-map="..."> holds a JSON of layers, epochs and values (one signed byte a
-// cell, in hundredths, -128 where nothing is known, layer by layer). Hover, touch or arrow keys tell a cell.
+// Heat maps: each <div class="heat" data-map="..."> holds a JSON of layers, numbers of epochs or steps, and values (one
+// signed byte a cell, in hundredths, -128 where nothing is known, layer by layer). Hover, touch or arrow keys tell a cell.
 for (const box of document.querySelectorAll(".heat")) {
   const map = JSON.parse(box.dataset.map);
   const bytes = Int8Array.from(atob(map.values), (c) => c.charCodeAt(0));
   const rows = map.layers.length, columns = bytes.length / rows;
   const canvas = box.querySelector("canvas"), told = box.querySelector("output");
-  const height = Math.max(6, Math.min(22, 420 / rows));
+  const height = rows > 100 ? 600 / rows : Math.max(6, Math.min(22, 420 / rows));
   canvas.width = columns;
   canvas.height = rows;
   canvas.style.height = `${rows * height}px`;
   const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
-  bytes.forEach((byte, i) => image.data.set(byte === -128 ? [255, 255, 255, 255] : colour(byte / 100), 4 * i));
+  bytes.forEach((byte, i) => image.data.set(byte === -128 ? [0, 0, 0, 0] : colour(byte / 100), 4 * i));
   context.putImageData(image, 0, 0);
 
   function colour(value) {
@@ -23,9 +23,9 @@ for (const box of document.querySelectorAll(".heat")) {
   function tell(column, row) {
     cell = [Math.min(Math.max(column, 0), columns - 1), Math.min(Math.max(row, 0), rows - 1)];
     const byte = bytes[cell[1] * columns + cell[0]];
-    const first = map.edges[cell[0]], last = map.edges[cell[0] + 1] - 1;
+    const first = map.first[cell[0]], last = map.last[cell[0]];
     const value = byte === -128 ? "unknown" : (byte < 0 ? "−" : "+") + (Math.abs(byte) / 100).toFixed(2);
-    told.textContent = `${map.layers[cell[1]]}, epoch ${first === last ? first : `${first}–${last}`}: ${value}`;
+    told.textContent = `${map.layers[cell[1]]}, ${map.unit} ${first === last ? first : `${first}–${last}`}: ${value}`;
     const x = ((cell[0] + 0.5) / columns) * canvas.clientWidth, y = (cell[1] + 1) * height + 8;
     told.style.left = `${Math.max(0, Math.min(x - told.offsetWidth / 2, canvas.clientWidth - told.offsetWidth))}px`;
     told.style.top = `${y}px`;

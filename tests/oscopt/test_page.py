@@ -1,0 +1,203 @@
+"""The page of any record: in a headless browser, light and dark, on a phone; long runs and many layers."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from oscopt import History, OscGD, OscMonitor
+from oscopt.__main__ import main
+from oscopt.report import binned, record_page
+
+pytest.importorskip("matplotlib")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def waves(steps: int, layers: int) -> History:
+    """A record whose correlations are waves, different in each layer."""
+    t, i = np.arange(steps)[:, None], np.arange(layers)[None]
+    rows = np.ones((steps, 9, layers))
+    rows[:, 0] = np.cos(t / steps * 6 + i / 7)
+    rows[0, 0] = np.nan
+    rows[:, 4:6] = np.nan  # no momentum
+    history = History(limit=None)
+    history.add_layers([f"block{k}.<conv>" for k in range(layers)])
+    rates = np.broadcast_to(0.1, (steps, layers))
+    for start in range(0, steps, 256):
+        part = slice(start, start + 256)
+        history.extend(t[part, 0], rows[part], rates[part], rates[part])
+    return history
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def train(model: nn.Module, optimizer, steps: int = 40) -> None:
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+        optimizer.step()
+
+
+def browse(page: str, tmp_path: Path, script: str, width: int = 1000) -> str:
+    """What `script` (JavaScript, sees the page as `inner` in a frame of `width` pixels) returns."""
+    harness = tmp_path / "harness.html"
+    watched = page.replace(
+        "<head>", "<head><script>window.errors = []; onerror = (e) => errors.push(e)</script>", 1
+    )
+    frame = f'style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(watched)}"'
+    harness.write_text(f"""<iframe id="frame" {frame}></iframe><pre id="result"></pre>
+    <script>onload = () => {{
+      const inner = document.getElementById("frame").contentWindow;
+      let result;
+      try {{ result = (() => {{ {script} }})(); }} catch (error) {{ result = "threw " + error; }}
+      document.getElementById("result").textContent = JSON.stringify(result);
+    }};</script>""")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--virtual-time-budget=5000", "--dump-dom", harness.as_uri()],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found and found[1], done.stderr[-500:]
+    return html.unescape(found[1])
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1400])
+def test_in_a_browser(tmp_path, width):
+    """No errors, nothing wider than the window, panels that can be read, values on hover."""
+    history = waves(90, 41)
+    script = """
+      const root = inner.document.documentElement;
+      const panels = [...inner.document.querySelectorAll(".panels figure")];
+      const canvas = inner.document.querySelector(".heat canvas");
+      const area = canvas.getBoundingClientRect();
+      const clientX = area.left + area.width * 30.5 / 90, clientY = area.top + area.height * 7.5 / 41;
+      canvas.dispatchEvent(new inner.PointerEvent("pointermove", { clientX, clientY }));
+      return [inner.errors.length, root.scrollWidth <= inner.innerWidth,
+        Math.min(...panels.map((p) => p.getBoundingClientRect().width)) > 280,
+        inner.document.querySelectorAll("table.layers tr").length,
+        inner.document.querySelector(".heat output").textContent];
+    """
+    value = f"{history.correlation(5)[30, 7]:+.2f}".replace("-", "−")
+    expected = f'[0,true,true,43,"block7.<conv>, step 30: {value}"]'
+    assert browse(record_page([history]), tmp_path, script, width) == expected
+
+
+def test_what_is_on_it(tmp_path):
+    """Each part is there where it follows from the record, and only there; nothing comes from a network."""
+    model, adapted, momentum = net(), net(), net()
+    plain = OscGD(
+        model.named_parameters(),
+        lr=0.1,
+        measure="sketch",
+        history=History(sketches=16),
+        backend="torch",
+    )
+    auto = OscGD(adapted.named_parameters(), adapt="auto", backend="torch")
+    adam = torch.optim.AdamW(momentum.parameters())
+    monitor = OscMonitor(adam, momentum.named_parameters(), what=("grad", "update"), backend="torch")
+    for trained, optimizer in ((model, plain), (adapted, auto), (momentum, adam)):
+        train(trained, optimizer)
+    plain.history.report(tmp_path / "plain.html", title="Mine & <yours>")
+    auto.history.report(tmp_path / "auto.html")
+    monitor.report(tmp_path / "adam.html")
+    pages = {name: (tmp_path / f"{name}.html").read_text() for name in ("plain", "auto", "adam")}
+    parts = ("the edge of stability<", "Step sizes of the layers", "Alignment with", "Any two steps")
+    found = {name: [part in page for part in parts] for name, page in pages.items()}
+    assert found == {
+        "plain": [True, False, False, True],
+        "auto": [False, True, True, False],
+        "adam": [False, False, False, False],
+    }
+    assert "Mine &amp; &lt;yours&gt;" in pages["plain"] and "<yours>" not in pages["plain"]
+    assert "Updates of AdamW" in pages["adam"] and pages["adam"].count("<canvas") == 2
+    for page in pages.values():
+        assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(["']?http""", page)
+
+
+@pytest.mark.parametrize(("steps", "layers"), [(30_000, 20), (40, 6000), (1, 1), (2, 3)])
+def test_sizes(steps, layers):
+    page = record_page([waves(steps, layers)])
+    assert "</html>" in page and len(page.encode()) < 6 << 20
+
+
+def test_binned():
+    values = np.array([[1.0], [3.0], [np.nan], [5.0], [np.nan], [np.nan]])
+    np.testing.assert_array_equal(binned(values, 3), [[2.0], [5.0], [np.nan]])
+    assert binned(values, 6) is values
+    thinned = binned(values, 4, np.array([0, 10, 20, 37, 38, 39]))  # a stretch is 10 steps long
+    np.testing.assert_array_equal(thinned, [[1.0], [3.0], [np.nan], [5.0]])
+    gap = binned(values[:4], 3, np.array([0, 1, 2, 29]))
+    np.testing.assert_array_equal(gap, [[2.0], [np.nan], [5.0]])
+    np.testing.assert_array_equal(binned(values, 9, np.arange(0, 60, 10)), values)
+
+
+def test_reading_changes_nothing():
+    history = waves(50, 3)
+    before = history.to_numpy()
+    record_page([history])
+    np.testing.assert_equal(history.to_numpy(), before)
+
+
+def test_an_empty_record_has_no_page(tmp_path):
+    with pytest.raises(ValueError, match="holds no steps"):
+        History().report(tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        waves(5, 2).report(tmp_path / "page.html")
+
+
+def test_command(tmp_path, capsys):
+    """Of a file, of a folder of steps, of a run's folder; errors in one line."""
+    history = waves(30, 2)
+    (tmp_path / "run").mkdir()
+    history.save(tmp_path / "run" / "history.npz")
+    history.save(tmp_path / "run" / "updates.npz")
+    history.stream_to(tmp_path / "steps")
+    for path, maps in (("run", 2), ("run/history.npz", 1), ("steps", 1)):
+        out = tmp_path / "page.html"
+        assert main(["report", str(tmp_path / path), str(out)]) == 0
+        assert out.read_text().count("<canvas") == maps
+        out.unlink()
+    assert main(["summary", str(tmp_path / "steps"), "--last", "25"]) == 0
+    assert "steps 5 to 29" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "few"),
+    [
+        ("full_batch", ["--steps", "40"]),
+        ("monitor_adamw", ["--epochs", "2"]),
+        ("adaptation", ["--steps", "40"]),
+    ],
+)
+def test_examples(name, few, tmp_path):
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *few, "--out", str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "</html>" in (tmp_path / "page.html").read_text()

@@ -38,7 +38,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 import torch
@@ -278,6 +278,13 @@ def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     return (tensors if isinstance(tensors, Tensors) else Tensors(tensors)).addresses
 
 
-def pick(values: Sequence | None, index: Sequence[int] | None) -> Sequence | None:
+Value = TypeVar("Value")
+
+
+@overload
+def pick(values: None, index: Sequence[int] | None) -> None: ...
+@overload
+def pick(values: Sequence[Value], index: Sequence[int] | None) -> Sequence[Value]: ...
+def pick(values: Sequence[Value] | None, index: Sequence[int] | None) -> Sequence[Value] | None:
     """The `values` at `index`; None for no values, all of them for no index."""
     return values if values is None or index is None else [values[i] for i in index]

@@ -22,6 +22,7 @@ test-oldest: .venv-oldest/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info

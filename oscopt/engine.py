@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -454,7 +454,7 @@ class Engine:
         plans, masks = self._plans.values(), self._masks.values()
         return {id(x): x for x in (*plans, *masks, *self._prev, self._adapter, self._recorder)}
 
-    def begin(self, grads: Sequence[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
+    def begin(self, grads: list[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         """Keep gradients that no step was made of."""
         present = [i for i, g in enumerate(grads) if g is not None]
         if self._recorder is not None and self._pairs_up:
@@ -466,7 +466,7 @@ class Engine:
     def step(
         self,
         step: int,
-        grads: Sequence[Tensor | None],
+        grads: list[Tensor | None],
         wholes: Sequence[Tensor | None],
         bufs: Sequence[Tensor | None] | None,
         rows: Sequence[int],
@@ -597,7 +597,6 @@ class Engine:
         sums: Tensor | None,
     ) -> None:
         """One call of each device's plan."""
-        prevs, copies = (None, None) if pairs is None else (pairs.prevs, pairs.copies)
         scale = bound = None
         if hyper is not None:
             if self._adapter is not None:
@@ -609,9 +608,17 @@ class Engine:
             out = sums
             if sums is not None and (n or plan.device != self.device):
                 out = torch.empty_like(sums, device=plan.device)
-            there = (None if x is None else x.to(plan.device) for x in (scale, bound))
-            given = (kernels.pick(v, index) for v in (grads, prevs, bufs, copies, rows))
-            plan.step(*given, hyper, out, *there)
+            plan.step(
+                _chosen(grads, index),
+                None if pairs is None else _chosen(pairs.prevs, index),
+                kernels.pick(bufs, index),
+                None if pairs is None else kernels.pick(pairs.copies, index),
+                kernels.pick(rows, index),
+                hyper,
+                out,
+                None if scale is None else scale.to(plan.device),
+                None if bound is None else bound.to(plan.device),
+            )
             if sums is not None and out is not None and out is not sums:
                 sums += out.to(sums.device)
 
@@ -621,7 +628,7 @@ class Engine:
         vectors = torch.zeros(shape, device=self.device)
         for index, plan in plans:
             there = torch.empty(shape, device=plan.device)
-            plan.fold(kernels.pick(prevs, index), there)
+            plan.fold(_chosen(prevs, index), there)
             vectors += there.to(self.device)
         return vectors
 
@@ -666,7 +673,9 @@ class Engine:
             row[self._sums - 1].sqrt_().div_(row[1].sqrt() * row[3].sqrt())  # of the dot; of the correlation
         if self._adapter is not None:
             lr, prev_lr = (
-                rate if isinstance(rate, Tensor) else torch.from_numpy(rate).to(self.device, non_blocking=True)
+                rate
+                if isinstance(rate, Tensor)
+                else torch.from_numpy(rate).to(self.device, non_blocking=True)
                 for rate in rates
             )
             self._adapter.decide(row[: len(kernels.SUMS)], lr, prev_lr * row[MEASURED + 1])
@@ -687,7 +696,7 @@ class Engine:
         prevs = list(grads)
         copies = None
         lost: set[int] = set()
-        for i, g in zip(present, _chosen(grads, present), strict=True):
+        for i, g, whole in zip(present, _chosen(grads, present), _chosen(wholes, present), strict=True):
             slot, prev = self.slots[i], self._prev[i]
             if slot.layer < 0:
                 continue
@@ -699,7 +708,7 @@ class Engine:
                 copies[i] = True
             elif prev is g or prev._version != self._version[i] or prev.data_ptr() == g.data_ptr() != 0:
                 lost.add(slot.layer)
-                self._copy(i, wholes[i])
+                self._copy(i, whole)
             else:
                 prevs[i] = prev
         lost |= self._others(present)
@@ -759,7 +768,7 @@ class Engine:
 
     def keep(
         self,
-        grads: Sequence[Tensor | None],
+        grads: list[Tensor | None],
         wholes: Sequence[Tensor | None],
         kept: list[int],
         copied: bool,
@@ -772,9 +781,9 @@ class Engine:
             self._kept = kept
             return
         if self._recorder is not None:
-            for i in kept:
-                if self.slots[i].home >= 0 and (not copied or self.slots[i].layer < 0):
-                    self._prev[i].copy_(grads[i])
+            due = [i for i in kept if self.slots[i].home >= 0 and (not copied or self.slots[i].layer < 0)]
+            for prev, g in zip(_chosen(self._prev, due), _chosen(grads, due), strict=True):
+                prev.copy_(g)
             self._kept = kept
             return
         if kept != self._kept:
@@ -788,30 +797,31 @@ class Engine:
         if usual and (self._by_reference or not any(slot.copied for slot in self.slots)):
             if not self._by_reference:
                 self._state_dicts = [self.state(slot) for slot in self.slots]
-            for state, g in zip(self._state_dicts, grads, strict=True):
-                state[PREVIOUS] = g
+            for state, grad in zip(self._state_dicts, grads, strict=True):
+                state[PREVIOUS] = grad
             self._prev, self._version = grads, list(map(_VERSION, grads))
             self._kept, self._by_reference = kept, True
             return
         self._prev, self._version, self._by_reference = list(self._prev), list(self._version), False
-        for i in kept:
-            slot, g = self.slots[i], grads[i]
+        for i, g, whole in zip(kept, _chosen(grads, kept), _chosen(wholes, kept), strict=True):
+            slot, last = self.slots[i], self._prev[i]
             if slot.home < 0:
                 continue
             if not slot.copied:
-                self.state(slot)[PREVIOUS] = g if slot.outer is slot.param else wholes[i].detach()
+                self.state(slot)[PREVIOUS] = g if slot.outer is slot.param else whole.detach()
                 self._prev[i], self._version[i] = g, g._version
-            elif self._prev[i] is None or self._prev[i].dtype != g.dtype:
-                self._copy(i, wholes[i])
+            elif last is None or last.dtype != g.dtype:
+                self._copy(i, whole)
             elif not copied or slot.layer < 0:
-                self._prev[i].copy_(g)
+                last.copy_(g)
         self._kept = kept
 
     def _plan(self, present: list[int], grads: Sequence[Tensor | None], regular: bool) -> _Plans:
         """For each device, its slots (None: all) and its plan."""
         odd = []
         if not regular:
-            odd = [(i, grads[i].dtype) for i in present if grads[i].dtype != self.slots[i].dtype]
+            dtypes = ((i, g.dtype) for i, g in zip(present, _chosen(grads, present), strict=True))
+            odd = [(i, dtype) for i, dtype in dtypes if dtype != self.slots[i].dtype]
         everything = len(present) == len(self.slots)
         key = (None if everything else tuple(present), tuple(odd))
         if key not in self._plans:
@@ -825,7 +835,7 @@ class Engine:
                     None if everything and len(calls) == 1 else index,
                     kernels.Plan(
                         [self.slots[i].param for i in index],
-                        [grads[i] for i in index],
+                        _chosen(grads, index),
                         [self.slots[i].layer for i in index],
                         len(self.layer_names),
                         self.backends[device],
@@ -863,8 +873,8 @@ class Engine:
             if _like(slot, value) is not value or dtype != state[key].dtype:
                 state[key] = torch.empty_like(slot.outer, dtype=dtype).copy_(state[key])
         if state.get(PREVIOUS) is not None:
-            self._prev[i] = bare(state[PREVIOUS])
-            self._version[i] = self._prev[i]._version
+            self._prev[i] = prev = bare(state[PREVIOUS])
+            self._version[i] = prev._version
         if self._recorder is not None and self._prev[i] is not None:
             state[self._key] = self._recorder.own(i, state[self._key])
             self._prev[i] = bare(state[self._key])
@@ -953,7 +963,13 @@ def skipped(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found.item())
 
 
-def _ranks(names, params, layers, settings: dict[str, Any], known: Ranks | None) -> Ranks | None:
+def _ranks(
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    layers: Sequence[str | None],
+    settings: dict[str, Any],
+    known: Ranks | None,
+) -> Ranks | None:
     """The processes that share the parameters, None: there is one. Those known, if nothing has changed."""
     if not any(map(is_dtensor, params)):
         return None
@@ -971,13 +987,14 @@ def _guards(params: Sequence[Tensor]) -> Any:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
+        # Their types are not what torch's stub says, which is of one tensor.
+        sizes: list[Any] = [list(p.shape) for p in params]
+        strides: list[Any] = [
+            [stride if size > 1 else None for stride, size in zip(p.stride(), p.shape, strict=True)]
+            for p in params
+        ]
         return TensorGuards(
-            *(p.detach() for p in params),
-            dynamic_dims_sizes=[list(p.shape) for p in params],
-            dynamic_dims_strides=[
-                [stride if size > 1 else None for stride, size in zip(p.stride(), p.shape, strict=True)]
-                for p in params
-            ],
+            *(p.detach() for p in params), dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
         )
     except (ImportError, TypeError):
         return None
@@ -991,9 +1008,9 @@ def _placed(slot: Slot, grad: Tensor | None) -> Tensor | None:
     return grad.redistribute(outer.device_mesh, outer.placements)
 
 
-def _chosen(values: Sequence[Tensor | None], index: Sequence[int]) -> list[Tensor]:
-    """Those of `values` at `index`, none of which is None."""
-    return [values[i] for i in index]
+def _chosen(values: Sequence[Tensor | None], index: Sequence[int] | None) -> Sequence[Tensor]:
+    """Those of `values` at `index` (None: all), none of which is None."""
+    return cast(Sequence[Tensor], kernels.pick(values, index))
 
 
 def _like(slot: Slot, tensor: Tensor) -> Tensor:

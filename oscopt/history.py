@@ -497,7 +497,13 @@ class History:
         values[:, later] = both
         return values[0], values[1]
 
-    def _estimates(self, layer, places, products, outer) -> tuple[np.ndarray, np.ndarray]:
+    def _estimates(
+        self,
+        layer: str | None,
+        places: np.ndarray,
+        products: Callable[[np.ndarray], np.ndarray],
+        outer: Callable[[np.ndarray], np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Correlations and their standard errors of pairs of the steps at `places`.
 
         `products` and `outer` pair up vectors, (n, k'), and numbers, (n,).
@@ -544,7 +550,10 @@ class History:
         """
         self.pull()
         blocks: list[_Block[np.ndarray]] = []
-        for block in reversed([*self._blocks, *([self._arriving] if self._arriving is not None else [])]):
+        held: list[_Block[np.ndarray] | _Block[Tensor]] = [*self._blocks]
+        if self._arriving is not None:
+            held.append(self._arriving)
+        for block in reversed(held):
             if block.steps[-1] <= self._drained:
                 break
             blocks.insert(0, block.on_host().where(block.steps > self._drained))

@@ -233,7 +233,7 @@ class OscGD(Optimizer):
             return self._adapter.scale.clone()
         scale = torch.ones(len(self.layer_names), dtype=torch.float64, device=self._device())
         if self._policy is not None and self.param_groups and len(scale):
-            return self._new_adapter(self._device()).scale
+            return self._new_adapter(self._policy, self._device()).scale
         return scale
 
     @property
@@ -370,7 +370,11 @@ class OscGD(Optimizer):
                 group["step"], group["prev_lr"] = step + 1, lr
 
     def _buffers(
-        self, engine: Engine, grads: Sequence[Tensor | None], regular: bool, hyper: Sequence[tuple[float, ...]]
+        self,
+        engine: Engine,
+        grads: Sequence[Tensor | None],
+        regular: bool,
+        hyper: Sequence[tuple[float, ...]],
     ) -> tuple[Sequence[Tensor | None], list[int]]:
         """The momentum buffers, and the rows of `hyper`: in a buffer's first step, the one for that."""
         if regular and all(row[1] for row in hyper[::2]):
@@ -647,7 +651,7 @@ class OscGD(Optimizer):
             if self._capturable:
                 self._recorder = self._new_recorder(listing.params, listing.groups, layers)
             if self._policy is not None and any(layer is not None for layer in layers):
-                self._adapter = self._new_adapter(listing.params[0].device)
+                self._adapter = self._new_adapter(self._policy, listing.params[0].device)
             engine = Engine(
                 names=names,
                 params=listing.params,
@@ -668,7 +672,7 @@ class OscGD(Optimizer):
             self._engine, self._ranks = engine, engine.ranks
         return self._engine
 
-    def _new_adapter(self, device: torch.device) -> Adapter:
+    def _new_adapter(self, policy: Policy, device: torch.device) -> Adapter:
         """What decides on the layers' scales, going on from the state in the first group."""
         adapted: dict[str, bool] = {}
         members: dict[str, dict[Tensor, int]] = {}
@@ -683,7 +687,7 @@ class OscGD(Optimizer):
             self._history.settle()
             state = dict(self._adapter.state(tuple(adapted)))
         sizes = [sum(members[layer].values()) for layer in adapted]
-        return Adapter(self._policy, adapted, sizes, device, state, in_place=self._capturable)
+        return Adapter(policy, adapted, sizes, device, state, in_place=self._capturable)
 
     def _new_recorder(self, params: list[Tensor], groups: list[int], layers: list[str | None]) -> Recorder:
         """What counts and records on the device; the one there is, if it fits."""

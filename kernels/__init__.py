@@ -38,7 +38,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from types import ModuleType
-from typing import Protocol, TypeVar, overload
+from typing import Protocol, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -284,16 +284,16 @@ class Plan:
             sketching(self._backend).fold(*values, out, self._folds)
 
 
-class Tensors(list[Tensor]):
+class Tensors(list[Tensor | None]):
     """A list of tensors that looks up their addresses once; not to be changed after that."""
 
     @cached_property
     def addresses(self) -> np.ndarray:
-        """int64, shape (N,)."""
-        return np.fromiter(map(Tensor.data_ptr, self), np.int64, len(self))
+        """int64, shape (N,); of tensors none of which is None."""
+        return np.fromiter(map(Tensor.data_ptr, cast(list[Tensor], self)), np.int64, len(self))
 
 
-def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+def addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
     """Addresses of `tensors`: int64, shape (N,)."""
     return (tensors if isinstance(tensors, Tensors) else Tensors(tensors)).addresses
 

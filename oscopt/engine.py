@@ -375,7 +375,7 @@ class Engine:
             self.ranks.check()
         if self._adapter is not None:
             self._adapter.check()
-        grads = kernels.Tensors(map(_GRAD, self.params))
+        grads: list[Tensor | None] = kernels.Tensors(map(_GRAD, self.params))
         if self._alike(grads):
             self.fits = True
             return grads, grads

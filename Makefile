@@ -22,6 +22,10 @@ test-oldest: .venv-oldest/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@# mypy knows no package_dir: a folder of links shows it oscopt.kernels where that is installed.
+	mkdir -p .venv/types/oscopt
+	ln -sfn $(CURDIR)/oscopt/*.py $(CURDIR)/oscopt/py.typed $(CURDIR)/kernels .venv/types/oscopt/
+	cd .venv/types && ../bin/mypy --config-file ../../pyproject.toml
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info

@@ -46,6 +46,7 @@ setup(
             "tensorboard",
             "expecttest",  # what torch.testing._internal imports
             "ruff>=0.8",
+            "mypy>=1.13",
             "setuptools>=77",
         ],
     },

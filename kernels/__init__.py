@@ -38,7 +38,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -230,7 +230,18 @@ class Plan:
         for _, batch, _ in self._batches:
             batch.prepare_capture()
 
-    def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        prevs: Sequence[Tensor] | None,
+        bufs: Sequence[Tensor | None] | None,
+        copies: Sequence[bool] | None,
+        rows: Sequence[int],
+        hyper: Sequence[tuple[float, ...]] | None,
+        out: Tensor | None,
+        scale: Tensor | None = None,
+        bound: Tensor | None = None,
+    ) -> None:
         """Do one step of all parameters; the arguments are :meth:`BatchProtocol.step`'s.
 
         Where gradients are sketched, `prevs` is what :func:`oscopt.kernels.sketch.kept_like` makes room for,
@@ -238,11 +249,20 @@ class Plan:
         """
         for n, (index, batch, sums) in enumerate(self._batches):
             target = out if n == 0 or out is None else torch.empty_like(out)
-            values = (pick(v, index) for v in (grads, prevs, bufs, copies, rows))
-            batch.step(*values, hyper, target if target is None else target[:sums], scale, bound)
+            batch.step(
+                pick(grads, index),
+                pick(prevs, index),
+                pick(bufs, index),
+                pick(copies, index),
+                pick(rows, index),
+                hyper,
+                target if target is None else target[:sums],
+                scale,
+                bound,
+            )
             if target is not None and sums < len(target):
                 target[sums:] = 0.0
-            if n and out is not None:
+            if n and out is not None and target is not None:
                 out += target
         if out is not None and not self._align:
             out[4:6] = torch.nan
@@ -264,20 +284,29 @@ class Plan:
             sketching(self._backend).fold(*values, out, self._folds)
 
 
-class Tensors(list[Tensor]):
+class Tensors(list[Tensor | None]):
     """A list of tensors that looks up their addresses once; not to be changed after that."""
 
     @cached_property
     def addresses(self) -> np.ndarray:
-        """int64, shape (N,)."""
-        return np.fromiter(map(Tensor.data_ptr, self), np.int64, len(self))
+        """int64, shape (N,); of tensors none of which is None."""
+        return np.fromiter(map(Tensor.data_ptr, cast(list[Tensor], self)), np.int64, len(self))
 
 
-def addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+def addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
     """Addresses of `tensors`: int64, shape (N,)."""
     return (tensors if isinstance(tensors, Tensors) else Tensors(tensors)).addresses
 
 
-def pick(values: Sequence | None, index: Sequence[int] | None) -> Sequence | None:
+Value = TypeVar("Value")
+
+
+@overload
+def pick(values: None, index: Sequence[int] | None) -> None: ...
+@overload
+def pick(values: Sequence[Value], index: Sequence[int] | None) -> Sequence[Value]: ...
+@overload
+def pick(values: Sequence[Value] | None, index: Sequence[int] | None) -> Sequence[Value] | None: ...
+def pick(values: Sequence[Value] | None, index: Sequence[int] | None) -> Sequence[Value] | None:
     """The `values` at `index`; None for no values, all of them for no index."""
     return values if values is None or index is None else [values[i] for i in index]

@@ -200,7 +200,8 @@ def _paths(assembly: str, label: re.Pattern, branch: re.Pattern, access) -> tupl
     lines = assembly.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := label.match(line))}
     block = 0
-    block_of, loops = [], set()
+    block_of: list[int] = []
+    loops: set[int] = set()
     for i, line in enumerate(lines):
         block += bool(label.match(line))
         block_of.append(block)

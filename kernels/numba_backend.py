@@ -136,7 +136,7 @@ class Batch:
         of_torch = torch.get_num_threads()
         threads = 1
         if len(self._work) and self._work[-1] > _SERIAL:
-            threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)
+            threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         arguments = (
             self._own if hyper is not None else _NO_ADDRESSES,
             addresses(grads),

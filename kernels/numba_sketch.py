@@ -71,7 +71,9 @@ class Batch(numba_backend.Batch):
             super().step(grads, None, bufs, None, rows, hyper, out, scale, bound)
             return
         of_torch = torch.get_num_threads()
-        threads = min(of_torch, numba.config.NUMBA_NUM_THREADS) if self._work[-1] > _SERIAL else 1
+        threads = 1
+        if self._work[-1] > _SERIAL:
+            threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         arguments = (
             self._own if hyper is not None else _NO_ADDRESSES,
             addresses(grads),

@@ -25,10 +25,10 @@ def sums(grad: Tensor, prev: Tensor | None, momentum: Tensor | None, sign: float
     """The sums of tensors of one shape: float64, shape (6,); zeros for what is None."""
     total = torch.zeros(6, dtype=torch.float64, device=grad.device)
     none = torch.zeros((), dtype=torch.float64, device=grad.device)
-    parts = [None if x is None else x.reshape(-1).split(_CHUNK) for x in (grad, prev, momentum)]
-    for i, g in enumerate(parts[0]):
+    others = [None if x is None else x.reshape(-1).split(_CHUNK) for x in (prev, momentum)]
+    for i, g in enumerate(grad.reshape(-1).split(_CHUNK)):
         g = g.double()
-        q, b = (None if part is None else part[i].double() for part in parts[1:])
+        q, b = (None if parts is None else parts[i].double() for parts in others)
         pair = [none] * 3 if q is None else [g.dot(q), (g - q).dot(g - q), q.dot(q)]
         total += torch.stack(
             [pair[0], g.dot(g), *pair[1:], *([none] * 2 if b is None else [sign * g.dot(b), b.dot(b)])]

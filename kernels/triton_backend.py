@@ -419,7 +419,8 @@ class Batch:
                 self._hyper = (hyper, self._upload(np.array(hyper, np.float64)))
             if capturing(self._device):
                 for uploaded in (self._rows[1], self._hyper[1]):
-                    self._captured[id(uploaded)] = (uploaded,)
+                    if uploaded is not None:
+                        self._captured[id(uploaded)] = (uploaded,)
         return {
             "pointers_ptr": pointers,
             "tensor_ptr": self._tensor,

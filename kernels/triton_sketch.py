@@ -283,8 +283,8 @@ def fold(
 
 def _cut(sizes: np.ndarray, pieces: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whose each piece is (int32), its first element and the one behind its last (int64)."""
-    pieces = np.broadcast_to(np.asarray(pieces, np.int64), sizes.shape)
-    counts = -(-sizes // pieces)
+    size = np.broadcast_to(np.asarray(pieces, np.int64), sizes.shape)
+    counts: np.ndarray = -(-sizes // size)
     owner = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
-    start = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * pieces[owner]
-    return owner, start, np.minimum(start + pieces[owner], sizes[owner])
+    start = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * size[owner]
+    return owner, start, np.minimum(start + size[owner], sizes[owner])

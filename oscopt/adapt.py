@@ -326,19 +326,19 @@ def resolve(adapt: str | Policy | None) -> Policy | None:
         raise ValueError(
             f"Invalid bounds: {bounds}; give two positive scales, the smaller one first, or None"
         )
-    if getattr(adapt, "lag", 1) not in (0, 1):
-        raise ValueError(f"Invalid lag: {adapt.lag!r}; use 1 (the next step) or 0 (this step)")
-    if getattr(adapt, "granularity", "layer") not in ("layer", "global"):
-        raise ValueError(f"Invalid granularity: {adapt.granularity!r}; use 'layer' or 'global'")
+    if (lag := getattr(adapt, "lag", 1)) not in (0, 1):
+        raise ValueError(f"Invalid lag: {lag!r}; use 1 (the next step) or 0 (this step)")
+    if (granularity := getattr(adapt, "granularity", "layer")) not in ("layer", "global"):
+        raise ValueError(f"Invalid granularity: {granularity!r}; use 'layer' or 'global'")
     momentum = getattr(adapt, "momentum", None)
     if momentum is not None and not (isinstance(momentum, int | float) and 0 < momentum < 1):
         raise ValueError(
             f"Invalid momentum: {momentum!r} of the policy; use a number between 0 and 1, or None"
         )
-    if momentum is not None and getattr(adapt, "lag", 1) == 0:
+    if momentum is not None and lag == 0:
         raise ValueError("Invalid lag: 0 of a policy with momentum; use 1 (the next step)")
-    if getattr(adapt, "signal", "gradient") not in ("gradient", "momentum"):
-        raise ValueError(f"Invalid signal: {adapt.signal!r}; use 'gradient' or 'momentum'")
+    if (signal := getattr(adapt, "signal", "gradient")) not in ("gradient", "momentum"):
+        raise ValueError(f"Invalid signal: {signal!r}; use 'gradient' or 'momentum'")
     start = _start(adapt, 1)
     if not (isinstance(start, int | float) and 0 < start < math.inf):
         raise ValueError(f"Invalid start: {start!r}; use a scale that is positive and finite")
@@ -518,7 +518,7 @@ class Adapter:
 
     def _measured(self, sums: Tensor, lr: Tensor, prev_step: Tensor) -> Measured:
         return Measured(
-            *sums,
+            **dict(zip(SUMS, sums, strict=True)),
             size=self._sizes,
             scale=self.scale,
             lr=lr,
@@ -532,7 +532,7 @@ class Adapter:
         """What the policy says. `valid`: layers that count."""
         if self._together:
             measured = measured.together(self._adapted if valid is None else valid)
-        answer = self.policy(measured)
+        answer: Any = self.policy(measured)  # whatever it is
         several = isinstance(answer, tuple) and len(answer) in (2, 3)
         new, own, bound = Decision(*answer) if several else Decision(answer)
         shape = measured.scale.shape

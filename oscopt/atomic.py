@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-try:
+if sys.platform != "win32":  # there, processes that write one file at a time do not wait for each other
     import fcntl
-except ImportError:  # Windows: processes that write one file at a time do not wait for each other
-    fcntl = None
 
 SUFFIX = ".part"
 """How the name of a file that is being written ends; it begins with a dot."""
@@ -52,7 +51,7 @@ def _taken(path: Path, mode: str) -> IO[Any]:
     """The empty file `path`, which no other process writes; opening it empties nothing yet."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), mode)
-        if fcntl is None:
+        if sys.platform == "win32":
             break
         fcntl.flock(file, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):  # another one has finished it meanwhile
@@ -65,7 +64,7 @@ def _taken(path: Path, mode: str) -> IO[Any]:
 
 def _sync(folder: Path) -> None:
     """Put the names on the disk as well."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -14,13 +14,16 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_dtensor(tensor: Tensor) -> bool:
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a ``torch.distributed.tensor.DTensor``; does not import that, as it takes its time."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -71,6 +74,7 @@ class Ranks:
         import torch.distributed as dist
 
         self.description = describe(names, params, layers, settings)
+        self._group: Any  # torch's functions give a number where this process is no member
         mesh = max((p.device_mesh for p in params if is_dtensor(p)), key=lambda mesh: mesh.size())
         if mesh.size() == dist.get_world_size():
             self._group = dist.group.WORLD

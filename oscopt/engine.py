@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -51,6 +51,9 @@ _GRAD, _VERSION = map(attrgetter, ("grad", "_version"))
 
 _ROUNDING = 1e-9  # by which a norm may differ that is summed twice, in any order
 
+_Plans = list[tuple[list[int] | None, kernels.Plan]]
+"""For each device the slots (None: all) and their plan."""
+
 _PLANS = 8  # patterns of missing gradients whose plans are kept
 
 
@@ -74,6 +77,24 @@ class Slot:
     again: int  # how many times the parameter has been listed before this one
     seed: int  # of its sketches
     state: dict[str, Any] | None = None  # None: there is none yet
+
+
+class Pairs(NamedTuple):
+    """What gradients are measured against.
+
+    Attributes:
+        prevs: for every gradient the previous one, or the sketch; the gradient itself where there is none.
+        copies: which of `prevs` the kernel overwrites with the gradient, None: none.
+        lost: the layers that have no valid pair.
+    """
+
+    prevs: Sequence[Tensor | None]
+    copies: Sequence[bool] | None
+    lost: Sequence[int]
+
+
+Rates = tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]
+"""The layers' learning rates in this step and in the last: float64, (L,), on the host or on the device."""
 
 
 class Engine:
@@ -127,7 +148,7 @@ class Engine:
         """Whether their sketches are, in their place."""
         self._key = SKETCH if self._sketch else PREVIOUS
         self._sums = len(sketch.SUMS if self._sketch else kernels.SUMS)
-        self._steady: tuple[Sequence[Tensor], list[bool]] | None = None  # what the last step's sketches were
+        self._steady: Pairs | None = None  # what the last step's sketches were
         self._recorder = recorder
         self._states = states
         self._known_states = list(states.values())
@@ -186,7 +207,7 @@ class Engine:
         self.fits = True
         """Whether the last gradients lay where the parameters lie, and in their order."""
         self._last_row: Tensor | None = None
-        self._plans: dict[tuple, list[tuple[list[int] | None, kernels.Plan]]] = {}
+        self._plans: dict[tuple, _Plans] = {}
         self._prev: list[Tensor | None] = [None] * len(self.slots)
         """The previous gradients, as tensors like `param`."""
         self._version = [0] * len(self.slots)
@@ -236,9 +257,10 @@ class Engine:
         """
         if self._recorder is not None and self._pairs_up:
             for i in self._recorder.unknown():  # graphs write to what is kept of them: it stays
-                if self._prev[i] is not None:
-                    self._prev[i].fill_(torch.nan)
-        layers = set()
+                kept = self._prev[i]
+                if kept is not None:
+                    kept.fill_(torch.nan)
+        layers: set[int] = set()
         for i, slot in enumerate(self.slots):
             prev, state = self._prev[i], self._states.get(slot.outer, {})
             if prev is not None and not slot.copied and prev._version != self._version[i]:
@@ -308,7 +330,8 @@ class Engine:
         return window
 
     def _latest(self) -> Tensor:
-        """The row of the last step."""
+        """The row of the last step, of which there is one."""
+        assert self._last_row is not None
         return self._last_row if self._recorder is None else self._recorder.latest()
 
     def wants(self, step: int) -> bool:
@@ -352,7 +375,7 @@ class Engine:
             self.ranks.check()
         if self._adapter is not None:
             self._adapter.check()
-        grads = kernels.Tensors(map(_GRAD, self.params))
+        grads: list[Tensor | None] = kernels.Tensors(map(_GRAD, self.params))
         if self._alike(grads):
             self.fits = True
             return grads, grads
@@ -406,7 +429,7 @@ class Engine:
             )
         present = [i for i, g in enumerate(grads) if g is not None]
         lacking = self._pairs_up and any(
-            not self._suits(i, grads[i]) for i in present if self.slots[i].layer >= 0
+            g is not None and self.slots[i].layer >= 0 and not self._suits(i, g) for i, g in enumerate(grads)
         )
         if self.untouched or lacking or self._kept != present:
             raise RuntimeError(
@@ -431,11 +454,11 @@ class Engine:
         plans, masks = self._plans.values(), self._masks.values()
         return {id(x): x for x in (*plans, *masks, *self._prev, self._adapter, self._recorder)}
 
-    def begin(self, grads: Sequence[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
+    def begin(self, grads: list[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
         """Keep gradients that no step was made of."""
         present = [i for i, g in enumerate(grads) if g is not None]
         if self._recorder is not None and self._pairs_up:
-            self._changed(grads, present)
+            self._changed(self._recorder, grads, present)
         if self._sketch:
             self._sketches(grads, present)
         self.keep(grads, wholes, present, copied=False)
@@ -443,7 +466,7 @@ class Engine:
     def step(
         self,
         step: int,
-        grads: Sequence[Tensor | None],
+        grads: list[Tensor | None],
         wholes: Sequence[Tensor | None],
         bufs: Sequence[Tensor | None] | None,
         rows: Sequence[int],
@@ -463,21 +486,20 @@ class Engine:
         present = self._everyone if regular else [i for i, g in enumerate(grads) if g is not None]
         measured = (step + 1) % self._every == 0
         keep = (step + 2) % self._every == 0
-        prevs, copies, lost, sums = None, None, [], None
-        changed = None
+        pairs: Pairs | None = None
+        changed = before = sums = None
         if self._recorder is not None and self._pairs_up:
-            changed = self._changed(grads, present)
+            changed = self._changed(self._recorder, grads, present)
         row = self._record.next_row(self.device) if measured else None
-        before = None
-        if measured:
+        if row is not None:
             if self._pairs_up:
                 # Graphs and other steps in between leave nothing to compare with.
                 by_norm = self._every == 1 and self._recorder is None and not self._sketch
                 before = self._last_row if by_norm else None
-                prevs, copies, lost = self._pairs(grads, wholes, present)
+                pairs = self._pairs(grads, wholes, present)
             sums = row[: self._sums]  # zeros until now
         elif self._sketch and (keep or self.windows):
-            prevs, copies, _ = self._sketches(grads, present)
+            pairs = self._sketches(grads, present)
             sums = torch.zeros((self._sums, len(self.layer_names)), dtype=torch.float64, device=self.device)
         adapter, plans = self._adapter, self._plan(present, grads, regular)
         if self._recorder is not None and not kernels.capturing(self.device):
@@ -489,34 +511,34 @@ class Engine:
         first = None if twice else hyper
         if sums is not None or first is not None:
             # Without the update nothing is known of its sign, nor is the momentum that of this step.
-            self._run(plans, (grads, prevs, None if twice else bufs, copies, rows), first, sums)
-        if row is not None:
-            if lost:
-                everything = len(lost) == len(self.layer_names)  # as at the start: no index to upload
+            self._run(plans, grads, pairs, None if twice else bufs, rows, first, sums)
+        if row is not None and sums is not None:
+            if pairs is not None and pairs.lost:
+                # As at the start: no index to upload.
+                lost = slice(None) if len(pairs.lost) == len(self.layer_names) else pairs.lost
                 for part in (sums[0], sums[2], sums[3], *sums[len(kernels.SUMS) :]):
-                    part[slice(None) if everything else lost] = torch.nan
+                    part[lost] = torch.nan
             if changed is not None:
                 for part in (sums[:1], sums[2:4], sums[len(kernels.SUMS) :]):
                     part.masked_fill_(changed, torch.nan)
             self._last_row = row
             if adapter is not None:
                 row[MEASURED : len(RECORDED)].copy_(torch.stack([adapter.scale, adapter.used]))
-            if self._recorder is None:
-                rates = self._layer_lr(lr), self._layer_lr(prev_lr)
-            else:
-                rates = self._recorder.layer_rates()
-            vectors = self._vectors(plans, prevs) if self.history.sketches else None
-            self._record.commit(step, *rates, self._finish(row, vectors, before, rates))
+            vectors = None
+            if self.history.sketches and pairs is not None:
+                vectors = self._vectors(self.history.sketches, plans, pairs.prevs)
+            self._commit(step, lr, prev_lr, partial(self._finish, row, vectors, before))
         if twice:
             self.history.settle()
-            self._run(plans, (grads, None, bufs, None, rows), hyper, None)
+            self._run(plans, grads, None, bufs, rows, hyper, None)
         if adapter is not None:
             adapter.used = adapter.scale if row is None else row[MEASURED]
         for window in tuple(self.windows):
             number = step if self._recorder is None else self._recorder.count()
-            values, slots = prevs if self._sketch else grads, [self.slots[i] for i in present]
+            values = pairs.prevs if self._sketch and pairs is not None else grads
+            slots = [self.slots[i] for i in present]
             sketched = [self._sketch and sketch.sketched(slot.param) for slot in slots]
-            window.add(number, present, [s.layer for s in slots], [values[i] for i in present], sketched)
+            window.add(number, present, [s.layer for s in slots], _chosen(values, present), sketched)
         self.keep(grads, wholes, present if keep else [], copied=measured)
 
     def lose(self, step: int, lr: tuple[float, ...], prev_lr: tuple[float, ...]) -> None:
@@ -526,36 +548,55 @@ class Engine:
         if (step + 1) % self._every == 0 and self.slots:
             row = self._record.next_row(self.device)
             row.fill_(torch.nan)[MEASURED : len(RECORDED)] = 1.0
-            rates = (
-                (self._layer_lr(lr), self._layer_lr(prev_lr))
-                if self._recorder is None
-                else self._recorder.layer_rates()
-            )
-            self._record.commit(step, *rates, None)
+            self._commit(step, lr, prev_lr, lambda rates: None)
             self._last_row = row
 
-    def _changed(self, grads: Sequence[Tensor | None], present: list[int]) -> Tensor:
-        """With a recorder: the layers that have no valid pair, bool, (L,). Makes room for what is kept."""
+    def _commit(
+        self,
+        step: int,
+        lr: tuple[float, ...],
+        prev_lr: tuple[float, ...],
+        finish: Callable[[Rates], Callable[[], None] | None],
+    ) -> None:
+        """Make the row part of the record, with the layers' learning rates, of which `finish` finishes it."""
+        if self._recorder is None:
+            on_host = self._layer_lr(lr), self._layer_lr(prev_lr)
+            self.history.commit(step, *on_host, finish(on_host))
+        else:
+            on_device = self._recorder.layer_rates()
+            self._recorder.commit(step, *on_device, finish(on_device))
+
+    def _changed(self, recorder: Recorder, grads: Sequence[Tensor | None], present: list[int]) -> Tensor:
+        """The layers that have no valid pair, bool, (L,). Makes room for what is kept."""
         missing = []
-        for i in present:
-            slot, g = self.slots[i], grads[i]
+        for i, g in zip(present, _chosen(grads, present), strict=True):
+            slot = self.slots[i]
             if (slot.layer if self._sketch else slot.home) < 0 or self._suits(i, g):
                 continue
             missing.append(i)
             self._make_copy(i, g.dtype)
         if missing:
-            self._recorder.forget(missing)
+            recorder.forget(missing)
         key = tuple(present)
         mask = self._masks.pop(key, None)
         if mask is None:
-            mask = self._recorder.mask(present)
+            mask = recorder.mask(present)
             if len(self._masks) == _PLANS:
                 self._masks.pop(next(iter(self._masks)))
         self._masks[key] = mask
-        return self._recorder.changed(mask)
+        return recorder.changed(mask)
 
-    def _run(self, plans, values, hyper, sums: Tensor | None) -> None:
-        """One call of each device's plan; `values` are grads, prevs, bufs, copies, rows."""
+    def _run(
+        self,
+        plans: _Plans,
+        grads: Sequence[Tensor | None],
+        pairs: Pairs | None,
+        bufs: Sequence[Tensor | None] | None,
+        rows: Sequence[int],
+        hyper: Sequence[tuple[float, ...]] | None,
+        sums: Tensor | None,
+    ) -> None:
+        """One call of each device's plan."""
         scale = bound = None
         if hyper is not None:
             if self._adapter is not None:
@@ -567,41 +608,51 @@ class Engine:
             out = sums
             if sums is not None and (n or plan.device != self.device):
                 out = torch.empty_like(sums, device=plan.device)
-            there = (None if x is None else x.to(plan.device) for x in (scale, bound))
-            plan.step(*(kernels.pick(v, index) for v in values), hyper, out, *there)
-            if out is not sums:
+            plan.step(
+                _chosen(grads, index),
+                None if pairs is None else _chosen(pairs.prevs, index),
+                kernels.pick(bufs, index),
+                None if pairs is None else kernels.pick(pairs.copies, index),
+                kernels.pick(rows, index),
+                hyper,
+                out,
+                None if scale is None else scale.to(plan.device),
+                None if bound is None else bound.to(plan.device),
+            )
+            if sums is not None and out is not None and out is not sums:
                 sums += out.to(sums.device)
 
-    def _vectors(self, plans, prevs) -> Tensor:
-        """The sketch of each layer's gradient that the record takes: float32, (L, k')."""
-        shape = (len(self.layer_names), self.history.sketches)
+    def _vectors(self, size: int, plans: _Plans, prevs: Sequence[Tensor | None]) -> Tensor:
+        """The sketch of each layer's gradient that the record takes: float32, (L, size)."""
+        shape = (len(self.layer_names), size)
         vectors = torch.zeros(shape, device=self.device)
         for index, plan in plans:
             there = torch.empty(shape, device=plan.device)
-            plan.fold(kernels.pick(prevs, index), there)
+            plan.fold(_chosen(prevs, index), there)
             vectors += there.to(self.device)
         return vectors
 
     def _finish(
-        self, row: Tensor, vectors: Tensor | None, before: Tensor | None, rates: tuple
-    ) -> partial | None:
+        self, row: Tensor, vectors: Tensor | None, before: Tensor | None, rates: Rates
+    ) -> Callable[[], None] | None:
         """Bring the ranks' sums together and finish the row; what of it is left for later, if any."""
-        sums = row[: self._sums]
-        if self.ranks is None:
-            return self._complete(row, sums, vectors, before, rates)
-        if vectors is None:
-            return partial(self._settle, self.ranks.reduce(sums), row, sums, None, before, rates)
-        sums = torch.cat([sums, vectors.T])
-        work = self.ranks.reduce(sums)
-        vectors = sums[self._sums :].T
-        return partial(self._settle, work, row, sums[: self._sums], vectors, before, rates)
+        sums, ranks = row[: self._sums], self.ranks
+        if ranks is None:
+            self._complete(row, sums, vectors, before, rates)
+            return None
+        if vectors is not None:
+            sums = torch.cat([sums, vectors.T])
+        work = ranks.reduce(sums)
 
-    def _settle(self, work: Any, *rest: Any) -> None:
-        self.ranks.wait(work)
-        self._complete(*rest)
+        def settle() -> None:
+            ranks.wait(work)
+            reduced = None if vectors is None else sums[self._sums :].T
+            self._complete(row, sums[: self._sums], reduced, before, rates)
+
+        return settle
 
     def _complete(
-        self, row: Tensor, sums: Tensor, vectors: Tensor | None, before: Tensor | None, rates: tuple
+        self, row: Tensor, sums: Tensor, vectors: Tensor | None, before: Tensor | None, rates: Rates
     ) -> None:
         """What follows once the sums are those of all ranks. `before`: the row of the last step."""
         if vectors is not None:
@@ -621,31 +672,35 @@ class Engine:
         if self._sketch:
             row[self._sums - 1].sqrt_().div_(row[1].sqrt() * row[3].sqrt())  # of the dot; of the correlation
         if self._adapter is not None:
-            if self._recorder is None:
-                rates = tuple(torch.from_numpy(rate).to(self.device, non_blocking=True) for rate in rates)
-            lr, prev_lr = rates
+            lr, prev_lr = (
+                rate
+                if isinstance(rate, Tensor)
+                else torch.from_numpy(rate).to(self.device, non_blocking=True)
+                for rate in rates
+            )
             self._adapter.decide(row[: len(kernels.SUMS)], lr, prev_lr * row[MEASURED + 1])
             if self._adapter.lag == 0:
                 row[MEASURED] = self._adapter.scale
 
-    def _pairs(self, grads, wholes, present) -> tuple[list, list[bool] | None, Sequence[int]]:
-        """The previous gradients, which of them to overwrite, and the layers that have no valid pair."""
+    def _pairs(
+        self, grads: Sequence[Tensor | None], wholes: Sequence[Tensor | None], present: list[int]
+    ) -> Pairs:
+        """What these gradients are measured against."""
         if self._sketch:
             return self._sketches(grads, present)
         if grads is wholes and self._by_reference:
-            prevs = kernels.Tensors(self._prev)
-            reused = prevs.addresses == grads.addresses
-            if list(map(_VERSION, prevs)) == self._version and not reused.any():
-                return prevs, None, []
-        prevs: list[Tensor | None] = list(grads)
+            before = kernels.Tensors(self._prev)
+            reused = before.addresses == kernels.addresses(grads)
+            if list(map(_VERSION, before)) == self._version and not reused.any():
+                return Pairs(before, None, [])
+        prevs = list(grads)
         copies = None
         lost: set[int] = set()
-        for i in present:
-            slot, g = self.slots[i], grads[i]
+        for i, g, whole in zip(present, _chosen(grads, present), _chosen(wholes, present), strict=True):
+            slot, prev = self.slots[i], self._prev[i]
             if slot.layer < 0:
                 continue
-            prev = self._prev[i]
-            if not self._suits(i, g):
+            if prev is None or not self._suits(i, g):
                 lost.add(slot.layer)
             elif slot.copied:
                 prevs[i] = prev
@@ -653,28 +708,30 @@ class Engine:
                 copies[i] = True
             elif prev is g or prev._version != self._version[i] or prev.data_ptr() == g.data_ptr() != 0:
                 lost.add(slot.layer)
-                self._copy(i, wholes[i])
+                self._copy(i, whole)
             else:
                 prevs[i] = prev
         lost |= self._others(present)
-        return prevs, copies, sorted(lost - {-1})
+        return Pairs(prevs, copies, sorted(lost - {-1}))
 
-    def _sketches(self, grads, present) -> tuple[Sequence[Tensor], list[bool], Sequence[int]]:
+    def _sketches(self, grads: Sequence[Tensor | None], present: list[int]) -> Pairs:
         """As :meth:`_pairs`; makes room where there is nothing yet."""
         if present is self._everyone and self._steady is not None and self._kept is present:
-            return *self._steady, []
+            return self._steady
         lost: set[int] = set()
         mine = [i for i in present if self.slots[i].layer >= 0]
         for i in mine:
-            if not self._suits(i, grads[i]):
-                self._make_copy(i, grads[i].dtype)
+            g = grads[i]
+            if g is not None and not self._suits(i, g):
+                self._make_copy(i, g.dtype)
                 lost.add(self.slots[i].layer)
         lost |= self._others(present)
         chosen = set(mine)
         prevs = kernels.Tensors(self._prev[i] if i in chosen else g for i, g in enumerate(grads))
         copies = [i in chosen for i in range(len(grads))]
-        self._steady = (prevs, copies) if present is self._everyone and self._all_measured else None
-        return prevs, copies, sorted(lost - {-1})
+        steady = present is self._everyone and self._all_measured
+        self._steady = Pairs(prevs, copies, []) if steady else None
+        return Pairs(prevs, copies, sorted(lost - {-1}))
 
     def _others(self, present: list[int]) -> set[int]:
         """Layers of which other parameters have gradients than last time; with a recorder, that knows."""
@@ -709,7 +766,13 @@ class Engine:
         self._prev[i] = bare(state[self._key])
         slot.copied, self._by_reference, self._steady = True, False, None
 
-    def keep(self, grads, wholes, kept: list[int], copied: bool) -> None:
+    def keep(
+        self,
+        grads: list[Tensor | None],
+        wholes: Sequence[Tensor | None],
+        kept: list[int],
+        copied: bool,
+    ) -> None:
         """Keep the gradients of the slots `kept` for the next step, and no others.
 
         `copied`: the kernel has overwritten the copies already.
@@ -718,9 +781,9 @@ class Engine:
             self._kept = kept
             return
         if self._recorder is not None:
-            for i in kept:
-                if self.slots[i].home >= 0 and (not copied or self.slots[i].layer < 0):
-                    self._prev[i].copy_(grads[i])
+            due = [i for i in kept if self.slots[i].home >= 0 and (not copied or self.slots[i].layer < 0)]
+            for prev, g in zip(_chosen(self._prev, due), _chosen(grads, due), strict=True):
+                prev.copy_(g)
             self._kept = kept
             return
         if kept != self._kept:
@@ -734,30 +797,31 @@ class Engine:
         if usual and (self._by_reference or not any(slot.copied for slot in self.slots)):
             if not self._by_reference:
                 self._state_dicts = [self.state(slot) for slot in self.slots]
-            for state, g in zip(self._state_dicts, grads, strict=True):
-                state[PREVIOUS] = g
+            for state, grad in zip(self._state_dicts, grads, strict=True):
+                state[PREVIOUS] = grad
             self._prev, self._version = grads, list(map(_VERSION, grads))
             self._kept, self._by_reference = kept, True
             return
         self._prev, self._version, self._by_reference = list(self._prev), list(self._version), False
-        for i in kept:
-            slot, g = self.slots[i], grads[i]
+        for i, g, whole in zip(kept, _chosen(grads, kept), _chosen(wholes, kept), strict=True):
+            slot, last = self.slots[i], self._prev[i]
             if slot.home < 0:
                 continue
             if not slot.copied:
-                self.state(slot)[PREVIOUS] = g if slot.outer is slot.param else wholes[i].detach()
+                self.state(slot)[PREVIOUS] = g if slot.outer is slot.param else whole.detach()
                 self._prev[i], self._version[i] = g, g._version
-            elif self._prev[i] is None or self._prev[i].dtype != g.dtype:
-                self._copy(i, wholes[i])
+            elif last is None or last.dtype != g.dtype:
+                self._copy(i, whole)
             elif not copied or slot.layer < 0:
-                self._prev[i].copy_(g)
+                last.copy_(g)
         self._kept = kept
 
-    def _plan(self, present, grads, regular: bool) -> list[tuple[list[int] | None, kernels.Plan]]:
+    def _plan(self, present: list[int], grads: Sequence[Tensor | None], regular: bool) -> _Plans:
         """For each device, its slots (None: all) and its plan."""
         odd = []
         if not regular:
-            odd = [(i, grads[i].dtype) for i in present if grads[i].dtype != self.slots[i].dtype]
+            dtypes = ((i, g.dtype) for i, g in zip(present, _chosen(grads, present), strict=True))
+            odd = [(i, dtype) for i, dtype in dtypes if dtype != self.slots[i].dtype]
         everything = len(present) == len(self.slots)
         key = (None if everything else tuple(present), tuple(odd))
         if key not in self._plans:
@@ -771,7 +835,7 @@ class Engine:
                     None if everything and len(calls) == 1 else index,
                     kernels.Plan(
                         [self.slots[i].param for i in index],
-                        [grads[i] for i in index],
+                        _chosen(grads, index),
                         [self.slots[i].layer for i in index],
                         len(self.layer_names),
                         self.backends[device],
@@ -793,7 +857,7 @@ class Engine:
         if self._sketch:
             for key in (PREVIOUS, COPIED):
                 state.pop(key, None)
-            self._take_up_sketch(i, slot)
+            self._take_up_sketch(i, slot, state)
         else:
             for key in (SKETCH, SEED):
                 state.pop(key, None)
@@ -809,24 +873,24 @@ class Engine:
             if _like(slot, value) is not value or dtype != state[key].dtype:
                 state[key] = torch.empty_like(slot.outer, dtype=dtype).copy_(state[key])
         if state.get(PREVIOUS) is not None:
-            self._prev[i] = bare(state[PREVIOUS])
-            self._version[i] = self._prev[i]._version
+            self._prev[i] = prev = bare(state[PREVIOUS])
+            self._version[i] = prev._version
         if self._recorder is not None and self._prev[i] is not None:
             state[self._key] = self._recorder.own(i, state[self._key])
             self._prev[i] = bare(state[self._key])
         slot.copied = slot.copied or state.get(COPIED, False)
 
-    def _take_up_sketch(self, i: int, slot: Slot) -> None:
+    def _take_up_sketch(self, i: int, slot: Slot, state: dict[str, Any]) -> None:
         """Go on with the sketch that the state holds, if it is one that would be taken here."""
-        kept = slot.state.get(SKETCH)
+        kept = state.get(SKETCH)
         if kept is None:
             return
         like = sketch.kept_like(slot.param, kept.dtype)
-        if slot.state.get(SEED) != slot.seed or kept.shape != like.shape or kept.device != slot.device:
-            del slot.state[SKETCH]
+        if state.get(SEED) != slot.seed or kept.shape != like.shape or kept.device != slot.device:
+            del state[SKETCH]
             return
         if kept.stride() != like.stride():
-            slot.state[SKETCH] = kept = like.copy_(kept)
+            state[SKETCH] = kept = like.copy_(kept)
         self._prev[i] = kept
 
     def _layer_lr(self, lr: tuple[float, ...]) -> np.ndarray:
@@ -899,7 +963,13 @@ def skipped(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found.item())
 
 
-def _ranks(names, params, layers, settings: dict[str, Any], known: Ranks | None) -> Ranks | None:
+def _ranks(
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    layers: Sequence[str | None],
+    settings: dict[str, Any],
+    known: Ranks | None,
+) -> Ranks | None:
     """The processes that share the parameters, None: there is one. Those known, if nothing has changed."""
     if not any(map(is_dtensor, params)):
         return None
@@ -917,13 +987,14 @@ def _guards(params: Sequence[Tensor]) -> Any:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
+        # Their types are not what torch's stub says, which is of one tensor.
+        sizes: list[Any] = [list(p.shape) for p in params]
+        strides: list[Any] = [
+            [stride if size > 1 else None for stride, size in zip(p.stride(), p.shape, strict=True)]
+            for p in params
+        ]
         return TensorGuards(
-            *(p.detach() for p in params),
-            dynamic_dims_sizes=[list(p.shape) for p in params],
-            dynamic_dims_strides=[
-                [stride if size > 1 else None for stride, size in zip(p.stride(), p.shape, strict=True)]
-                for p in params
-            ],
+            *(p.detach() for p in params), dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
         )
     except (ImportError, TypeError):
         return None
@@ -931,9 +1002,15 @@ def _guards(params: Sequence[Tensor]) -> Any:
 
 def _placed(slot: Slot, grad: Tensor | None) -> Tensor | None:
     """A gradient, with the placements of its parameter if that is a DTensor."""
-    if grad is None or not is_dtensor(grad) or grad.placements == slot.outer.placements:
+    outer = slot.outer
+    if grad is None or not is_dtensor(grad) or not is_dtensor(outer) or grad.placements == outer.placements:
         return grad
-    return grad.redistribute(slot.outer.device_mesh, slot.outer.placements)
+    return grad.redistribute(outer.device_mesh, outer.placements)
+
+
+def _chosen(values: Sequence[Tensor | None], index: Sequence[int] | None) -> Sequence[Tensor]:
+    """Those of `values` at `index` (None: all), none of which is None."""
+    return cast(Sequence[Tensor], kernels.pick(values, index))
 
 
 def _like(slot: Slot, tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import atomic, measures
 from .kernels import SUMS
+from .measures import Array
 
 if TYPE_CHECKING:
     import pandas
@@ -74,8 +75,8 @@ class History:
         self._layer_names: tuple[str, ...] = ()
         self._current: tuple[str, ...] = ()  # the layers that rows are of now
         self._columns: list[int] | None = None  # where they are in the record, if not in the same places
-        self._blocks: list[_Block] = []  # on the host, the oldest first
-        self._arriving: _Block | None = None  # on its way there
+        self._blocks: list[_Block[np.ndarray]] = []  # on the host, the oldest first
+        self._arriving: _Block[Tensor] | None = None  # on its way there
         self._block: Tensor | None = None  # (_size, 9, L) on the device
         self._steps: list[int] = []  # of the filled rows of it
         self._rates: list[tuple[np.ndarray, ...]] = []  # lr and prev_lr of them
@@ -219,7 +220,7 @@ class History:
         for step, row, *rates in zip(steps.tolist(), torch.from_numpy(sums), lr, prev_lr, strict=True):
             self.next_row(torch.device("cpu")).copy_(row)
             if not all(map(partial(np.array_equal, equal_nan=True), rates, last)):
-                last = tuple(rates)  # a record keeps what is the same array once
+                last = rates[0], rates[1]  # a record keeps what is the same array once
             self.commit(step, *last)
 
     def cut(self, step: int) -> None:
@@ -241,24 +242,27 @@ class History:
             settle, self._settle_last = self._settle_last, None
             settle()
 
-    def _open_block(self, first: int = 0) -> _Block:
+    def _open_block(self, first: int = 0) -> _Block[Tensor]:
         """The filled rows of the block on the device from number `first` on, as they lie there."""
+        assert self._block is not None
         self.settle()
         width, count = len(self._layer_names), len(self._steps) - first
         rates = {}
         for i, name in enumerate(_HOST):
             rows = [row[i] for row in self._rates[first:]]
             constant = all(row is rows[0] for row in rows)
-            rows = np.stack(rows[:1] if constant else rows)
+            rate = np.stack(rows[:1] if constant else rows)
             if self._columns is not None:
-                rows, given = np.full((len(rows), width), np.nan), rows
-                rows[:, self._columns] = given
-            rates[name] = np.broadcast_to(rows[0], (count, width)) if constant else rows
+                given = rate
+                rate = np.full((len(given), width), np.nan)
+                rate[:, self._columns] = given
+            rates[name] = np.broadcast_to(rate[0], (count, width)) if constant else rate
         ordinals = np.arange(self._count + first, self._count + len(self._steps))
         sums = self._block[first : len(self._steps)]
         if self._columns is not None:
-            sums, given = sums.new_full((count, self.rows, width), np.nan), sums
-            sums[..., self._columns] = given
+            narrow = sums
+            sums = narrow.new_full((count, self.rows, width), np.nan)
+            sums[..., self._columns] = narrow
         return _Block(np.array(self._steps[first:], np.int64), ordinals, sums, rates)
 
     def _close_block(self) -> None:
@@ -444,7 +448,7 @@ class History:
         return measures.smoothness(self.diff_sq_norm, self.prev_sq_norm, self.prev_step_size)
 
     def pairwise(
-        self, layer: str | None = None, steps: Sequence[int] | None = None
+        self, layer: str | None = None, steps: Sequence[int] | np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The correlation of any two steps' gradients, from their sketches, and its standard error.
 
@@ -462,19 +466,19 @@ class History:
             KeyError: there is no such layer.
         """
         held = self.steps
-        steps = held if steps is None else np.asarray(steps, np.int64)
-        places = np.searchsorted(held, steps)
+        chosen = held if steps is None else np.asarray(steps, np.int64)
+        places = np.searchsorted(held, chosen)
         found = places < len(held)
-        found[found] = held[places[found]] == steps[found]
+        found[found] = held[places[found]] == chosen[found]
         if not found.all():
             raise ValueError(
-                f"step {steps[~found][0]} is not in the history: it was thinned out, not measured or not "
+                f"step {chosen[~found][0]} is not in the history: it was thinned out, not measured or not "
                 "taken; `steps` has those that are there"
             )
         correlation, stderr = self._estimates(layer, places, lambda v: v @ v.T, lambda n: n[:, None] * n)
         known = np.isfinite(correlation.diagonal())
-        correlation[np.diag_indices(len(steps))] = np.where(known, 1.0, np.nan)
-        stderr[np.diag_indices(len(steps))] = np.where(known, 0.0, np.nan)
+        correlation[np.diag_indices(len(chosen))] = np.where(known, 1.0, np.nan)
+        stderr[np.diag_indices(len(chosen))] = np.where(known, 0.0, np.nan)
         return correlation, stderr
 
     def lagged_correlation(self, lag: int, layer: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -502,7 +506,13 @@ class History:
         values[:, later] = both
         return values[0], values[1]
 
-    def _estimates(self, layer, places, products, outer) -> tuple[np.ndarray, np.ndarray]:
+    def _estimates(
+        self,
+        layer: str | None,
+        places: np.ndarray,
+        products: Callable[[np.ndarray], np.ndarray],
+        outer: Callable[[np.ndarray], np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Correlations and their standard errors of pairs of the steps at `places`.
 
         `products` and `outer` pair up vectors, (n, k'), and numbers, (n,).
@@ -518,7 +528,9 @@ class History:
         chosen = range(len(self._layer_names)) if layer is None else [self._layer_names.index(layer)]
         sq_norms = self.sq_norm[places]
         width, first = len(self._layer_names), len(RECORDED)
-        dot = variance = total = 0.0
+        dot: float | np.ndarray = 0.0
+        variance: float | np.ndarray = 0.0
+        total: float | np.ndarray = 0.0
         blocks = self._all_blocks()
         for i in chosen:
             rows = [_widened(block.sums[:, first:], width)[:, :, i : i + 1] for block in blocks]
@@ -546,8 +558,11 @@ class History:
         `limit` / 4, if that is less).
         """
         self.pull()
-        blocks: list[_Block] = []
-        for block in reversed([*self._blocks, *([self._arriving] if self._arriving is not None else [])]):
+        blocks: list[_Block[np.ndarray]] = []
+        held: list[_Block[np.ndarray] | _Block[Tensor]] = [*self._blocks]
+        if self._arriving is not None:
+            held.append(self._arriving)
+        for block in reversed(held):
             if block.steps[-1] <= self._drained:
                 break
             blocks.insert(0, block.on_host().where(block.steps > self._drained))
@@ -731,7 +746,7 @@ class History:
             **self._sketch_arrays(whole),
         }
 
-    def _sketch_arrays(self, whole: _Block) -> dict[str, np.ndarray]:
+    def _sketch_arrays(self, whole: _Block[np.ndarray]) -> dict[str, np.ndarray]:
         """The sketches, float32, (T, L, k'), and the seeds of the layers'; -1: a layer has none yet."""
         if self._sketches is None:
             return {}
@@ -789,7 +804,7 @@ class History:
         if not parts:
             raise ValueError(f"{os.fspath(folder)!r} is no history: it holds no files of steps")
         history = parts[-1]
-        blocks: list[_Block] = []
+        blocks: list[_Block[np.ndarray]] = []
         for part in parts:  # a later file replaces what earlier ones have of its steps and those after
             if part.layer_names != history.layer_names[: len(part.layer_names)]:
                 raise ValueError(
@@ -809,7 +824,7 @@ class History:
 
     # ---- inside ------------------------------------------------------------------------------------------
 
-    def _all_blocks(self) -> list[_Block]:
+    def _all_blocks(self) -> list[_Block[np.ndarray]]:
         self.pull()
         blocks = list(self._blocks)
         if self._arriving is not None:
@@ -818,7 +833,7 @@ class History:
             blocks.append(self._open_block().on_host())
         return blocks
 
-    def _history_of(self, blocks: list[_Block]) -> History:
+    def _history_of(self, blocks: Sequence[_Block[np.ndarray]]) -> History:
         history = History(limit=None, sketches=self._sketches)
         history.about = dict(self.about)
         history._seeds = dict(self._seeds)
@@ -852,13 +867,13 @@ class History:
 
 
 @dataclass(slots=True)
-class _Block:
+class _Block(Generic[Array]):
     """Consecutive steps of a record.
 
     Attributes:
         steps: their numbers, (n,).
         ordinals: how many steps were recorded before each, (n,).
-        sums: (n, 9, layers); a tensor until :meth:`on_host`.
+        sums: (n, 9, layers); a tensor until :meth:`on_host`, an array from then on.
         rates: `lr` and `prev_lr`, (n, layers); one row in memory where they do not change.
         stride: every ordinal is a multiple of it.
         event: when `sums` has arrived.
@@ -866,7 +881,7 @@ class _Block:
 
     steps: np.ndarray
     ordinals: np.ndarray
-    sums: np.ndarray | Tensor
+    sums: Array
     rates: dict[str, np.ndarray]
     stride: int = 1
     event: torch.cuda.Event | None = None
@@ -874,14 +889,14 @@ class _Block:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def on_host(self) -> _Block:
+    def on_host(self) -> _Block[np.ndarray]:
         if not isinstance(self.sums, Tensor):
             return self
         if self.event is not None:
             self.event.synchronize()
-        return replace(self, sums=self.sums.cpu().numpy(), event=None)
+        return _Block(self.steps, self.ordinals, self.sums.cpu().numpy(), self.rates, self.stride)
 
-    def between(self, first: int, last: int) -> _Block:
+    def between(self, first: int, last: int) -> _Block[Array]:
         rates = {name: rate[first:last] for name, rate in self.rates.items()}
         part = slice(first, last)
         return replace(
@@ -892,7 +907,7 @@ class _Block:
             rates=rates,
         )
 
-    def where(self, chosen: np.ndarray) -> _Block:
+    def where(self, chosen: np.ndarray) -> _Block[Array]:
         """The chosen steps only, without the memory of the others."""
         if chosen.all():
             return self
@@ -910,13 +925,13 @@ class _Block:
             rates=rates,
         )
 
-    def thinned(self, stride: int) -> _Block:
+    def thinned(self, stride: int) -> _Block[Array]:
         return (
             self if stride == self.stride else replace(self.where(self.ordinals % stride == 0), stride=stride)
         )
 
 
-def _joined(blocks: Sequence[_Block], width: int) -> _Block:
+def _joined(blocks: Sequence[_Block[np.ndarray]], width: int) -> _Block[np.ndarray]:
     """One block of `width` layers."""
     none = np.zeros(0, np.int64)
     rows = blocks[0].sums.shape[1] if blocks else len(RECORDED)

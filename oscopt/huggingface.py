@@ -60,7 +60,9 @@ class OscTrainerCallback(TrainerCallback):
         self.meter: OscGD | OscMonitor | None = None
         self._log, self._prefix, self._log_layers, self._options = log, prefix, log_layers, options
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         self.detach()
         while not isinstance(optimizer, OscGD) and hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer  # from inside accelerate's wrapper
@@ -71,7 +73,9 @@ class OscTrainerCallback(TrainerCallback):
         named = [(name, p) for name, p in model.named_parameters() if id(p) in held]
         self.meter = OscMonitor(optimizer, named, **self._options)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if self.meter is None or logs is None:
             return
         values: dict[str, float] = {}
@@ -85,15 +89,15 @@ class OscTrainerCallback(TrainerCallback):
             if self._log is not None:
                 self._log(values)
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._picture_every == 0:
             self._show(state)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._show(state)
         self.detach()
 
-    def _show(self, state) -> None:
+    def _show(self, state: Any) -> None:
         if self._picture is None or self.meter is None:
             return
         own = isinstance(self.meter, OscGD) or "grad" in self.meter.what

@@ -87,7 +87,7 @@ class OscMonitor:
                     f"the optimizer has a monitor of parameter {shared[0]!r} already; read that one's "
                     "history, or detach() it first"
                 )
-        self._named = held
+        self._named: dict[str, Tensor] = held
         self._layers = dict(zip(held, assign(list(held), layers), strict=True))
         self._options: dict[str, Any] = {
             "measure": measure,
@@ -97,7 +97,7 @@ class OscMonitor:
         }
         given = {"grad": history, "update": update_history}
         self._optimizer = optimizer
-        self._histories = {w: History() if given[w] is None else given[w] for w in self.what}
+        self._histories = {w: History() if (h := given[w]) is None else h for w in self.what}
         plain = type(optimizer) is torch.optim.SGD and not any(
             group["momentum"] or group["weight_decay"] for group in optimizer.param_groups
         )
@@ -338,13 +338,13 @@ class OscMonitor:
         engine = self._engines[what]
         if capturing(engine.device):
             engine.check_capture(grads)
-        rows, lr = [0] * len(grads), ()
+        lr: tuple[float, ...] = ()
         if self._capturable:
             self._recorders[what].set_rates([_rate(group) for group in self._groups])
         else:
             engine.history.cut(self._step)  # a step that failed halfway has left its row
             lr = self._lr()
-        engine.step(self._step, grads, wholes, None, rows, None, lr, self._prev_lr)
+        engine.step(self._step, grads, wholes, None, [0] * len(grads), None, lr, self._prev_lr)
         self._measured.add(what)
         if capturing(engine.device):
             self._captured = {w: kept for w, kept in self._captured.items() if self._engines[w] is kept[0]}
@@ -483,7 +483,7 @@ def _hooked(optimizer: Any) -> Optimizer:
 
 def _rate(group: Mapping[str, Any]) -> float | Tensor:
     """The learning rate of a group: NaN where it is no number; as a tensor where reading it would wait."""
-    lr = group.get("lr")
+    lr: Any = group.get("lr")
     try:
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             return lr if lr.numel() == 1 and not lr.is_complex() else math.nan

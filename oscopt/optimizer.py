@@ -108,6 +108,8 @@ class OscGD(Optimizer):
     Source: Morchdi, Zhou, Ding, Wang, "Exploring Gradient Oscillation in Deep Neural Network Training", 2023.
     """
 
+    _constructing = False  # torch.optim.Optimizer.__init__ calls methods of ours
+
     def __init__(
         self,
         params: Iterable,
@@ -177,7 +179,8 @@ class OscGD(Optimizer):
         if fused:
             self._step_supports_amp_scaling = True
         self._layers = layers
-        self._names: dict[Tensor, str] | None = None  # of the parameters, as they were when last looked at
+        self._constructing = True
+        self._names: dict[Tensor, str] = {}  # of the parameters, as they were when last looked at
         self._assigned: dict[str, str | None] = {}  # name -> layer, also of parameters that are gone
         self._every = every
         self._measure = measure
@@ -233,7 +236,7 @@ class OscGD(Optimizer):
             return self._adapter.scale.clone()
         scale = torch.ones(len(self.layer_names), dtype=torch.float64, device=self._device())
         if self._policy is not None and self.param_groups and len(scale):
-            return self._new_adapter(self._device()).scale
+            return self._new_adapter(self._policy, self._device()).scale
         return scale
 
     @property
@@ -370,7 +373,11 @@ class OscGD(Optimizer):
                 group["step"], group["prev_lr"] = step + 1, lr
 
     def _buffers(
-        self, engine: Engine, grads: Sequence[Tensor | None], regular: bool, hyper: list[tuple[float, ...]]
+        self,
+        engine: Engine,
+        grads: Sequence[Tensor | None],
+        regular: bool,
+        hyper: Sequence[tuple[float, ...]],
     ) -> tuple[Sequence[Tensor | None], list[int]]:
         """The momentum buffers, and the rows of `hyper`: in a buffer's first step, the one for that."""
         if regular and all(row[1] for row in hyper[::2]):
@@ -476,7 +483,7 @@ class OscGD(Optimizer):
                     raise RuntimeError(
                         f"`fused=True` requires all the params to be floating point Tensors, not {p.dtype}"
                     )
-            if self._names is None:  # the constructor adds the groups first
+            if self._constructing:  # the groups are added first
                 return
             self._name_all()
         except BaseException:
@@ -541,7 +548,7 @@ class OscGD(Optimizer):
 
     def _show_state(self) -> None:
         """Make the state what it is saved as: only good gradients, and adaptation's in the first group."""
-        if self._names is None:  # the constructor is at work
+        if self._constructing:
             return
         if self._listing is None or not self._listing.holds(self.param_groups):
             self._drop_engine()
@@ -619,11 +626,11 @@ class OscGD(Optimizer):
             pairs = zip(given, listed, strict=False)
             if len({p for name, p in pairs if name == twice}) > 1:
                 raise ValueError(f"two parameters are called {twice!r}; give them different names")
-        names = follow(self.param_groups, self._names or {})
+        names = follow(self.param_groups, self._names)
         new = [name for name in names.values() if name not in self._assigned]
-        layers = assign(new, self._layers, named=bool(given), whole=self._names is None)
+        layers = assign(new, self._layers, named=bool(given), whole=self._constructing)
         self._assigned |= dict(zip(new, layers, strict=True))
-        self._names = names
+        self._names, self._constructing = names, False
 
     def _layer(self, name: str) -> str | None:
         """The layer of a parameter that may have come in by hand."""
@@ -647,7 +654,7 @@ class OscGD(Optimizer):
             if self._capturable:
                 self._recorder = self._new_recorder(listing.params, listing.groups, layers)
             if self._policy is not None and any(layer is not None for layer in layers):
-                self._adapter = self._new_adapter(listing.params[0].device)
+                self._adapter = self._new_adapter(self._policy, listing.params[0].device)
             engine = Engine(
                 names=names,
                 params=listing.params,
@@ -668,7 +675,7 @@ class OscGD(Optimizer):
             self._engine, self._ranks = engine, engine.ranks
         return self._engine
 
-    def _new_adapter(self, device: torch.device) -> Adapter:
+    def _new_adapter(self, policy: Policy, device: torch.device) -> Adapter:
         """What decides on the layers' scales, going on from the state in the first group."""
         adapted: dict[str, bool] = {}
         members: dict[str, dict[Tensor, int]] = {}
@@ -683,7 +690,7 @@ class OscGD(Optimizer):
             self._history.settle()
             state = dict(self._adapter.state(tuple(adapted)))
         sizes = [sum(members[layer].values()) for layer in adapted]
-        return Adapter(self._policy, adapted, sizes, device, state, in_place=self._capturable)
+        return Adapter(policy, adapted, sizes, device, state, in_place=self._capturable)
 
     def _new_recorder(self, params: list[Tensor], groups: list[int], layers: list[str | None]) -> Recorder:
         """What counts and records on the device; the one there is, if it fits."""

@@ -122,8 +122,7 @@ def plot_matrix(window: Window, layer: str | None = None, ax: Axes | None = None
             colour = "white" if abs(value) > 0.6 else "black"
             ax.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize="small", color=colour)
     ax.set(title=layer or "all layers", xlabel="iteration k", ylabel="iteration j")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(integer=True)
     ax.figure.colorbar(image, ax=ax, label="correlation")
     return ax
 
@@ -158,7 +157,7 @@ def plot_recurrence(
     for set_ticks in (ax.set_xticks, ax.set_yticks):
         set_ticks(places, [str(step) for step in steps[places]])
     for mark in marks:
-        at = np.searchsorted(steps, mark)
+        at = int(np.searchsorted(steps, mark))
         ax.axhline(at, color="black", lw=0.6, ls=":")
         ax.axvline(at, color="black", lw=0.6, ls=":")
     ax.set(title=layer or "all layers", xlabel="step", ylabel="step")

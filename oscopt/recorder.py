@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ def one_device(params: Sequence[Tensor]) -> torch.device:
             f"capturable=True needs all parameters on one device, not on {devices[0]} and {devices[1]}"
         )
     return devices[0] if devices else torch.device("cpu")
+
+
+class _Options(TypedDict):
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Recorder:
@@ -74,7 +80,7 @@ class Recorder:
         self.entries = [place[pair] for pair in pairs]
         members = _by_layer(enumerate(homes), num_layers)
         of_layer = _by_layer(((group, home) for home, group in place), num_layers)
-        options = {"dtype": torch.float64, "device": device}
+        options: _Options = {"dtype": torch.float64, "device": device}
         self._members = _columns(members, len(layers)).to(device)  # of layers; behind the last: nobody
         self._known = torch.tensor([True] * len(layers) + [False]).to(device)
         self._layer_groups = _columns(of_layer).to(device)

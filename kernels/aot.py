@@ -56,6 +56,7 @@ _TYPES = {
     "stop_ptr": "*i64",
     "seed_ptr": "*i64",
     "number_ptr": "*i32",
+    "runs_ptr": "*i32",
     "tile_ptr": "*fp64",
     "flags_ptr": "*i32",
     "row_ptr": "*i32",
@@ -193,8 +194,8 @@ _GCN_BITS |= {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "sh
 def _paths(assembly: str, label: re.Pattern, branch: re.Pattern, access) -> tuple[dict, dict]:
     """Accesses to global memory on the main path, and on the masked one.
 
-    The main path is all basic blocks with a 128-bit load (a block that stores partial sums has none, but may
-    store two of them at once). The masked one is the loops without any; on AMD, where masks become branches
+    The main path is all basic blocks with a 128-bit access (on AMD a load: a block that stores partial sums
+    has none, but may store two of them at once). The masked one is the loops without any; on AMD, where masks become branches
     out of the loop, it is everything else, the partial sums' stores included.
     """
     lines = assembly.splitlines()
@@ -210,9 +211,9 @@ def _paths(assembly: str, label: re.Pattern, branch: re.Pattern, access) -> tupl
                 loops.update(range(labels[match[1]], i))
             block += 1
     found = [(i, key) for i, line in enumerate(lines) if (key := access(line))]
-    wide = {block_of[i] for i, key in found if key == "load 128"}
-    main = Counter(key for i, key in found if block_of[i] in wide)
     everything = label is _GCN_LABEL
+    wide = {block_of[i] for i, key in found if key == "load 128" or (key == "store 128" and not everything)}
+    main = Counter(key for i, key in found if block_of[i] in wide)
     masked = Counter(key for i, key in found if block_of[i] not in wide and (everything or i in loops))
     return dict(sorted(main.items())), dict(sorted(masked.items()))
 

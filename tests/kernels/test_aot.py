@@ -36,7 +36,7 @@ def reports(request) -> list[dict]:
 
 def test_every_variant_is_there(reports):
     kinds = {(r["dtype"], r["variant"]) for r in reports}
-    assert len({r["target"] for r in reports}) == 1 and len(kinds) == 2 * len(VARIANTS) + 1
+    assert len({r["target"] for r in reports}) == 1 and len(kinds) == 2 * (len(VARIANTS) + 1) + 1
 
 
 def test_targets():
@@ -62,18 +62,19 @@ def test_no_spills(reports):
 def test_main_path_is_128_bits_wide(reports):
     """Each array is read once: parameter, gradient, previous gradient, buffer; and nothing narrower is."""
     for r in reports:
-        if r["dtype"] == "float64":  # the small kernel that adds up tiles
+        if r["dtype"] == "float64" or r["variant"] == "chunk":  # the small kernels that add up tiles
             continue
         assert set(r["main"]) <= {"load 128", "store 128"}, r
         parts = r["variant"].split("+")
-        arrays = {"measure": 3, "align": 2, "update": 2, "monitor": 2}[parts[0]] + ("momentum" in parts)
-        assert r["main"]["load 128"] % arrays == 0 or parts[0] == "update", r
-        assert ("store 128" in r["main"]) == (r["variant"] != "monitor"), r
+        if parts[0] != "sketch":  # which gathers what it has read once more
+            arrays = {"measure": 3, "align": 2, "update": 2, "monitor": 2}[parts[0]] + ("momentum" in parts)
+            assert r["main"]["load 128"] % arrays == 0 or parts[0] == "update", r
+            assert ("store 128" in r["main"]) == (r["variant"] != "monitor"), r
 
 
 def test_masked_path_is_one_element_wide(reports):
     for r in reports:
-        if r["dtype"] != "float64" and r["target"].startswith("cuda"):
+        if r["dtype"] != "float64" and r["variant"] != "chunk" and r["target"].startswith("cuda"):
             bits = {"float32": 32, "bfloat16": 16}[r["dtype"]]
             assert {int(key.split()[1]) for key in r["masked"]} == {bits}, r
 

@@ -154,14 +154,14 @@ def test_random_lists(name, problem, momentum, copy, full, paired, bounds):
 
 
 @given(
-    problem=problems(most=4),
+    problem=problems(most=3),
     momentum=st.booleans(),
     copy=st.booleans(),
     full=st.booleans(),
     paired=st.booleans(),
     bounds=BOUNDS,
 )
-@options(max_examples=25)
+@options(max_examples=8)
 def test_random_lists_triton(problem, momentum, copy, full, paired, bounds):
     check("triton", problem, momentum, copy, FULL if full else PLAIN, paired, bounds)
 

@@ -393,7 +393,7 @@ def test_a_layer_that_is_added_to_auto():
         ({"lr": -1.0}, "Invalid lr: -1.0;.*use 1"),
         ({"nesterov": True}, "Invalid nesterov: True in a group.*leave it at False"),
         ({"dampening": 0.1}, "Invalid dampening: 0.1 in a group.*leave it at 0"),
-        ({"measure": "alinement"}, "Invalid measure: 'alinement'; use 'exact' or 'alignment'"),
+        ({"measure": "alinement"}, "Invalid measure: 'alinement'; use one of 'exact'"),
     ],
     ids=str,
 )

@@ -195,8 +195,8 @@ def _paths(assembly: str, label: re.Pattern, branch: re.Pattern, access) -> tupl
     """Accesses to global memory on the main path, and on the masked one.
 
     The main path is all basic blocks with a 128-bit access (on AMD a load: a block that stores partial sums
-    has none, but may store two of them at once). The masked one is the loops without any; on AMD, where masks become branches
-    out of the loop, it is everything else, the partial sums' stores included.
+    has none, but may store two of them at once). The masked one is the loops without any; on AMD, where masks
+    become branches out of the loop, it is everything else, the partial sums' stores included.
     """
     lines = assembly.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := label.match(line))}
@@ -212,7 +212,8 @@ def _paths(assembly: str, label: re.Pattern, branch: re.Pattern, access) -> tupl
             block += 1
     found = [(i, key) for i, line in enumerate(lines) if (key := access(line))]
     everything = label is _GCN_LABEL
-    wide = {block_of[i] for i, key in found if key == "load 128" or (key == "store 128" and not everything)}
+    kinds = ("load 128",) if everything else ("load 128", "store 128")
+    wide = {block_of[i] for i, key in found if key in kinds}
     main = Counter(key for i, key in found if block_of[i] in wide)
     masked = Counter(key for i, key in found if block_of[i] not in wide and (everything or i in loops))
     return dict(sorted(main.items())), dict(sorted(masked.items()))

@@ -106,7 +106,7 @@ def _update(params, grads, bufs, scales, bounds, lr, decay, gain, weight_decay, 
 def _update_bounded(p, g, b, lr, bound, decay, gain, weight_decay, lookahead, sign) -> None:
     """Of one parameter; by selection instead of a branch, as `bound` is on the device."""
     wide = torch.promote_types(p.dtype, torch.float32)  # half types lack the range of bound and scale
-    lr, bound = torch.as_tensor(lr).to(wide), bound.to(wide)
+    lr, bound = torch.as_tensor(lr, dtype=torch.float64).to(wide), bound.to(wide)
     bounded = bound < torch.inf
     x, d = p.to(wide), sign * g.to(wide)
     coupled = d + weight_decay * x if weight_decay else d  # an infinite x times 0 is NaN

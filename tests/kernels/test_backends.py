@@ -154,16 +154,25 @@ def test_random_lists(name, problem, momentum, copy, full, paired, bounds):
 
 
 @given(
-    problem=problems(most=3),
+    problem=problems(most=4),
     momentum=st.booleans(),
     copy=st.booleans(),
     full=st.booleans(),
     paired=st.booleans(),
     bounds=BOUNDS,
 )
-@options(max_examples=8)
+@options(max_examples=25)
 def test_random_lists_triton(problem, momentum, copy, full, paired, bounds):
     check("triton", problem, momentum, copy, FULL if full else PLAIN, paired, bounds)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("form", ["plain", "gaps"])
+def test_bounds_without_scales(name, form):
+    """The rate is float64's 0.1, not float32's."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = ([make(3, form, torch.float64, 1.0, generator) for _ in range(2)] for _ in range(3))
+    check(name, (*tensors, [-1, 0]), True, False, PLAIN, False, [0.5] * 4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

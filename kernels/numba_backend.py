@@ -370,15 +370,19 @@ def _multiply(typing_context, a, b):
     return b(b.dtype, b), generate
 
 
+def _llvm_fma(builder, of):
+    """LLVM's function that multiplies and adds vectors of type `of`, rounding once."""
+    vector = _ir_type(of)
+    name = f"llvm.fma.v{of.lanes}f{of.dtype.bitwidth}"
+    return builder.module.declare_intrinsic(name, (), ir.FunctionType(vector, [vector] * 3))
+
+
 @intrinsic
 def _fma(typing_context, a, b, c):
     """a * b + c, rounded once; `a` a vector or a scalar."""
 
     def generate(context, builder, signature, args):
-        vector = _ir_type(c)
-        name = f"llvm.fma.v{c.lanes}f{c.dtype.bitwidth}"
-        function = builder.module.declare_intrinsic(name, (), ir.FunctionType(vector, [vector] * 3))
-        return builder.call(function, [_splat(builder, args[0], vector), *args[1:]])
+        return builder.call(_llvm_fma(builder, c), [_splat(builder, args[0], _ir_type(c)), *args[1:]])
 
     return c(a if isinstance(a, _Vector) else c.dtype, b, c), generate
 
@@ -388,10 +392,7 @@ def _add_products(typing_context, a, b, total):
     """`total` plus a * b, whose lanes are more: `a` and `b` are cut into pieces, which are added in order."""
 
     def generate(context, builder, signature, args):
-        vector = _ir_type(total)
-        name = f"llvm.fma.v{total.lanes}f{total.dtype.bitwidth}"
-        function = builder.module.declare_intrinsic(name, (), ir.FunctionType(vector, [vector] * 3))
-        result = args[2]
+        function, result = _llvm_fma(builder, total), args[2]
         for at in range(0, a.lanes, total.lanes):
             lanes = ir.VectorType(ir.IntType(32), total.lanes)
             piece = ir.Constant(lanes, list(range(at, at + total.lanes)))

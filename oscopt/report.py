@@ -86,7 +86,7 @@ def record_page(histories: Sequence[History], title: str | None = None) -> str:
 
 def _sections(history: History) -> Iterator[str]:
     steps, names, summary = history.steps, history.layer_names, summarise(history)
-    sketched = bool(np.nanmax(history.correlation_stderr, initial=0.0, where=_known(history)) > 0)
+    sketched = bool((history.correlation_stderr > 0).any())
     yield (
         f"<p>{escaped(_sentence(_quantity(history)))}: {count(len(names), 'layer')}, steps {steps[0]} to "
         f"{steps[-1]}{'' if len(steps) == steps[-1] - steps[0] + 1 else f' ({len(steps)} held)'}; "
@@ -213,10 +213,6 @@ def _quantity(history: History) -> str:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _known(history: History) -> np.ndarray:
-    return np.isfinite(history.correlation_stderr)
 
 
 # ---- parts of pages ----------------------------------------------------------------------------------

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import html
 import re
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import browse, needs_browser
 from study_config import CONFIG
 
 from oscopt import History
@@ -21,9 +18,6 @@ from study import figure, report, rules, summary
 from study.experiments import TABLE
 
 pytestmark = pytest.mark.slow
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 
 @functools.cache
@@ -54,27 +48,6 @@ def page_of(record: rules.Record, config=CONFIG) -> str:
     lines = summary.summarise(record, verdicts)
     machine = {"processor": "<unknown> & more"}
     return report.run_page(config, machine, record, matrices, "finished", lines, verdicts)
-
-
-def browse(page: str, tmp_path: Path, script: str, width: int) -> str:
-    """What `script` (JavaScript, sees `page` as `inner` in a frame of `width` pixels) returns."""
-    harness = tmp_path / "harness.html"
-    frame = f'style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(page)}"'
-    harness.write_text(f"""<iframe id="frame" {frame}></iframe><pre id="result"></pre>
-    <script>onload = () => {{
-      const inner = document.getElementById("frame").contentWindow;
-      let result;
-      try {{ result = (() => {{ {script} }})(); }} catch (error) {{ result = "threw " + error; }}
-      document.getElementById("result").textContent = JSON.stringify(result);
-    }};</script>""")
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         "--virtual-time-budget=5000", "--dump-dom", harness.as_uri()],
-        capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
-    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found and found[1], done.stderr[-500:]
-    return html.unescape(found[1])
 
 
 @needs_browser

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import html
+import functools
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 import torch
+from browser import needs_browser
 from torch import nn
 
 from oscopt import History, OscGD, OscMonitor
@@ -20,8 +21,7 @@ from oscopt.report import binned, record_page
 
 pytest.importorskip("matplotlib")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+browse = functools.partial(browser.browse, timeout=200)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -52,30 +52,6 @@ def train(model: nn.Module, optimizer, steps: int = 40) -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
         optimizer.step()
-
-
-def browse(page: str, tmp_path: Path, script: str, width: int = 1000) -> str:
-    """What `script` (JavaScript, sees the page as `inner` in a frame of `width` pixels) returns."""
-    harness = tmp_path / "harness.html"
-    watched = page.replace(
-        "<head>", "<head><script>window.errors = []; onerror = (e) => errors.push(e)</script>", 1
-    )
-    frame = f'style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(watched)}"'
-    harness.write_text(f"""<iframe id="frame" {frame}></iframe><pre id="result"></pre>
-    <script>onload = () => {{
-      const inner = document.getElementById("frame").contentWindow;
-      let result;
-      try {{ result = (() => {{ {script} }})(); }} catch (error) {{ result = "threw " + error; }}
-      document.getElementById("result").textContent = JSON.stringify(result);
-    }};</script>""")
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         "--virtual-time-budget=5000", "--dump-dom", harness.as_uri()],
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found and found[1], done.stderr[-500:]
-    return html.unescape(found[1])
 
 
 @needs_browser

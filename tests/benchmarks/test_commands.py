@@ -176,11 +176,14 @@ SIGNALS = ((signal.SIGINT, 130), (signal.SIGTERM, 143))
     [(script, *SIGNALS[i % 2]) for i, script in enumerate((*SCRIPTS, SCRIPTS[-1], SCRIPTS[0]))],
 )
 def test_a_signal_during_imports(tmp_path, script, number, code):
-    """A torch that takes long to import, which swallows exceptions, as libraries do."""
+    """A torch that takes long to import, which swallows exceptions, as libraries do.
+
+    It sleeps in short pieces: a signal that comes just before a sleep is handled after it.
+    """
     (tmp_path / "torch.py").write_text(
         "import pathlib, time\n"
         "pathlib.Path('begun').touch()\n"
-        "try:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+        "try:\n    for _ in range(600):\n        time.sleep(0.1)\nexcept BaseException:\n    pass\n"
     )
     # history.py imports numpy before torch, which is quick.
     arguments = ["--model", "cnn"] if script == "run.py" else []

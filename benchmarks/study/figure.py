@@ -165,17 +165,28 @@ def panels(record: Record, matrices: Matrices, config: Config) -> Iterator[tuple
                 f"Correlations of all pairs of gradients, epochs {epoch} to {epoch + WINDOW - 1}",
                 svg(figure),
             )
-        if record.recurrence is not None:
-            figure, axis = plt.subplots(figsize=(4.9, 4.2), layout="constrained")
-            recurrence(axis, record, matrices)
-            marked = "; dotted: the epochs of the matrices above" if matrices else ""
-            yield f"The whole run: every epoch against every other, estimated{marked}", svg(figure)
-            figure, axis = plt.subplots(figsize=(4.9, 4.2), layout="constrained")
-            lags(axis, record)
-            yield (
-                "Correlation with the gradient of so many epochs before, in each kind of phase: median, quartiles",
-                svg(figure),
-            )
+
+
+def whole_run_panels(record: Record, matrices: Matrices) -> Iterator[tuple[str, str]]:
+    """Likewise the two parts of :func:`draw_recurrence`; none without sketches."""
+    if record.recurrence is None:
+        return
+    marked = "; dotted: the epochs of the matrices above" if matrices else ""
+    drawn: list[tuple[str, Callable[[Axes], None]]] = [
+        (
+            f"The whole run: every epoch against every other, from sketches{marked}",
+            lambda axis: recurrence(axis, record, matrices),
+        ),
+        (
+            "Correlation with the gradient of so many epochs before, by phase: median, quartiles",
+            lambda axis: lags(axis, record),
+        ),
+    ]
+    with plt.rc_context(_STYLE):
+        for caption, panel in drawn:
+            figure, axis = plt.subplots(figsize=(4.9, 3.9), layout="constrained")
+            panel(axis)
+            yield caption, svg(figure)
 
 
 def svg(figure: Figure) -> str:

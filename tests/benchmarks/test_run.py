@@ -60,6 +60,7 @@ data._mnist5k = functools.cache(data._mnist5k)  # takes a second to read
 def undrawn(monkeypatch):
     """Leaves out most figures: they take longer than the runs."""
     monkeypatch.setattr(figure, "panels", lambda *_: ())
+    monkeypatch.setattr(figure, "whole_run_panels", lambda *_: ())
     monkeypatch.setattr(figure, "draw_beyond", lambda *_: plt.figure())
     monkeypatch.setattr(figure, "draw_recurrence", lambda *_: plt.figure())
 

@@ -341,7 +341,7 @@ class OscMonitor:
             engine.check_capture(grads)
         lr: tuple[float, ...] = ()
         if self._capturable:
-            self._recorders[what].set_rates([_rate(group) for group in self._groups])
+            self._recorders[what].set_rates([_rate(group, read=False) for group in self._groups])
         else:
             engine.history.cut(self._step)  # a step that failed halfway has left its row
             lr = self._lr()
@@ -482,11 +482,12 @@ def _hooked(optimizer: Any) -> Optimizer:
     return inner
 
 
-def _rate(group: Mapping[str, Any]) -> float | Tensor:
-    """The learning rate of a group: NaN where it is no number; as a tensor where reading it would wait."""
+def _rate(group: Mapping[str, Any], read: bool = True) -> float | Tensor:
+    """The learning rate of a group: NaN where it is no number; a tensor as it is where reading it would wait,
+    or if it is not to be read."""
     lr: Any = group.get("lr")
     try:
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        if isinstance(lr, Tensor) and (not read or lr.device.type != "cpu"):
             return lr if lr.numel() == 1 and not lr.is_complex() else math.nan
         return float(lr - 0)  # `float` alone would read text
     except Exception:  # an object of any library's: its conversion may raise anything

@@ -121,7 +121,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(figure, "panels", lambda *_: ())
     monkeypatch.setattr(figure, "draw_beyond", lambda *_: plt.figure())
     task = tasks.Task("small", 30, 1.0, tasks._quadratic(20.0))
-    monkeypatch.setattr(tasks, "tasks", lambda *_: {"small": task})
+    monkeypatch.setattr(tasks, "tasks", lambda *_: {"small": task, "quadratic-1e2": task})
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c not in ELSEWHERE])

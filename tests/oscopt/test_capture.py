@@ -508,7 +508,7 @@ def test_capturing_anew_holds_nothing_more(monkeypatch):
     """What graphs use is kept for them, once."""
     named, optimizer = warm(momentum=0.9)
     plans = [plan for plans in optimizer._engine._plans.values() for _, plan in plans]
-    batches = [batch for plan in plans for _, batch in plan._batches]
+    batches = [batch for plan in plans for _, batch, _ in plan._batches]
     held = []
     for _ in range(12):  # more than there are spare tables
         graph = FakeGraph(monkeypatch)

@@ -306,7 +306,8 @@ def adapted(rank, world):
                 model, part = tensor_parallel(init_device_mesh("cpu", (world,))), slice(None)
             optimizer = OscGD(model.named_parameters(), lr=LR, adapt=copy.deepcopy(adapt))
             train(model, optimizer, 6, part)
-            agrees(optimizer.history, reference.history)
+            # Bounded steps do not shrink with the gradient: the roundings of two orders of summing stay.
+            agrees(optimizer.history, reference.history, tolerance=1e-4 if adapt == "auto" else 1e-5)
             scales = optimizer.history.step_scale
             assert len(np.unique(scales[-1])) == 4
             np.testing.assert_allclose(scales, reference.history.step_scale, atol=1e-5)

@@ -100,8 +100,8 @@ class OscTrainerCallback(TrainerCallback):
     def _show(self, state: Any) -> None:
         if self._picture is None or self.meter is None:
             return
-        own = isinstance(self.meter, OscGD) or "grad" in self.meter.what
-        history = self.meter.history if own else self.meter.update_history
+        meter = self.meter
+        history = meter.history if isinstance(meter, OscGD) or "grad" in meter.what else meter.update_history
         if len(history):
             self._picture(layers_picture(history), state.global_step)
 

@@ -97,7 +97,7 @@ class OscCallback(pl.Callback):
     def _log_pictures(self, trainer: pl.Trainer) -> None:
         for prefix, history in self._named():
             for logger in trainer.loggers:
-                log_picture(logger.experiment, history, f"{prefix}/layers")
+                log_picture(getattr(logger, "experiment", None), history, f"{prefix}/layers")
 
     def _named(self) -> Iterator[tuple[str, History]]:
         for i, meter in enumerate(self.meters):

@@ -198,7 +198,8 @@ def plot_lags(
     known = [mu[np.isfinite(mu)] for mu in found]
     quartiles = np.array([np.quantile(mu, (0.25, 0.5, 0.75)) if len(mu) else (np.nan,) * 3 for mu in known])
     ax = _axes(ax)
-    (drawn,) = ax.plot(list(lags), quartiles[:, 1], **{"marker": "o", "ms": 3} | line)
+    style: dict[str, Any] = {"marker": "o", "ms": 3} | line
+    (drawn,) = ax.plot(list(lags), quartiles[:, 1], **style)
     ax.fill_between(list(lags), quartiles[:, 0], quartiles[:, 2], alpha=0.25, lw=0, color=drawn.get_color())
     ax.axhline(0.0, color="0.6", lw=0.8, zorder=0)
     ax.set(title=layer or "all layers", xlabel="lag, steps", ylabel="correlation", ylim=(-1.05, 1.05))

@@ -177,8 +177,9 @@ def _recurrences(history: History) -> Iterator[tuple[str, str]]:
 
     def lags(axis: Axes) -> None:
         plot.plot_lags(history, range(1, min(17, len(history))), ax=axis)
-        for drawn in (*axis.lines[:1], *axis.collections):
-            drawn.set_color(LINE_COLOURS[0])
+        axis.lines[0].set_color(LINE_COLOURS[0])
+        for band in axis.collections:
+            band.set_color(LINE_COLOURS[0])
         axis.set_title("")
 
     yield "Correlation of every pair of steps, all layers together", panel(recurrence, height=4.2)

@@ -153,16 +153,17 @@ def summarise(history: History, last: int = 500) -> Summary:
         name: str, mu: np.ndarray, norms: np.ndarray, along: np.ndarray, room: float, share: float
     ) -> Row:
         known = mu[np.isfinite(mu)]
-        values = {
-            "layer": name,
-            "steps": len(known),
-            "correlation": _median(known),
-            "negative": float((known < 0).mean()) if len(known) else math.nan,
-            "step_curvature": _median(along),
-            "share": share,
-        }
         state, hint = _judged(known, norms, room, remedies, recent.about.get("quantity"), noisy, lost)
-        return Row(**values, state=state, hint=hint)
+        return Row(
+            layer=name,
+            steps=len(known),
+            correlation=_median(known),
+            negative=float((known < 0).mean()) if len(known) else math.nan,
+            step_curvature=_median(along),
+            share=share,
+            state=state,
+            hint=hint,
+        )
 
     mu = recent.correlation()
     layers = tuple(

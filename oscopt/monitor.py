@@ -43,8 +43,8 @@ class OscMonitor:
         history, update_history: record into these, which go on where they end. Default: new ones.
 
     Raises:
-        ValueError: `optimizer` does not hold a parameter, or has a monitor of it already; `what` is unknown;
-            or as in :class:`oscopt.OscGD`.
+        ValueError: `optimizer` does not hold a parameter, or has a monitor that measures the same of it in
+            the same way; `what` is unknown; or as in :class:`oscopt.OscGD`.
         TypeError: `named_parameters` gives no names, or `optimizer` holds none of torch's optimizers.
 
     A monitor never ends a training run. Parameters that leave the optimizer are NaN from then on, until they
@@ -82,7 +82,8 @@ class OscMonitor:
         held = _held(named_parameters, {p for group in optimizer.param_groups for p in group["params"]})
         for other in _monitors(optimizer):
             shared = [n for n, p in held.items() if any(p is q for q in other._named.values())]
-            if shared and set(self.what) & set(other.what):
+            alike = measure == other._options["measure"] and set(self.what) & set(other.what)
+            if shared and alike:
                 raise ValueError(
                     f"the optimizer has a monitor of parameter {shared[0]!r} already; read that one's "
                     "history, or detach() it first"

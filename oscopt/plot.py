@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLUMNS = 800  # of a heatmap: more than a screen shows
-_STEPS, _RUN = 400, 8  # of a recurrence plot, and how many of them are neighbours
+_RUN = 8  # neighbours in a recurrence plot of a long run
 
 
 def plot_correlation(history: History, window: int | None = 5, ax: Axes | None = None, **line: Any) -> Axes:
@@ -128,16 +128,21 @@ def plot_matrix(window: Window, layer: str | None = None, ax: Axes | None = None
 
 
 def plot_recurrence(
-    history: History, layer: str | None = None, ax: Axes | None = None, marks: Sequence[int] = ()
+    history: History,
+    layer: str | None = None,
+    ax: Axes | None = None,
+    marks: Sequence[int] = (),
+    most: int = 400,
 ) -> Axes:
     """The correlations of all pairs of steps of a run, from their sketches, in colours.
 
-    Oscillation is a checkerboard, phases are blocks. Of more than 400 steps neighbours are drawn, in runs of
-    8 that are spread evenly: single steps that far apart would not show an oscillation.
+    Oscillation is a checkerboard, phases are blocks. Of more than `most` steps neighbours are drawn, in runs
+    of 8 that are spread evenly: single steps that far apart would not show an oscillation.
 
     Args:
         layer: the layer's name; None: all layers together.
         marks: steps to mark on both axes.
+        most: how many steps are drawn, a multiple of 8; more than a screen has pixels for would blur.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -147,8 +152,8 @@ def plot_recurrence(
     if not len(history):
         raise ValueError("the history holds no steps yet; there is nothing to draw")
     steps = history.steps
-    if len(steps) > _STEPS:
-        first = np.linspace(0, len(steps) - _RUN, _STEPS // _RUN).astype(int)
+    if len(steps) > most:
+        first = np.linspace(0, len(steps) - _RUN, most // _RUN).astype(int)
         steps = steps[(first[:, None] + np.arange(_RUN)).ravel()]
     image, _ = history.pairwise(layer, steps)
     ax = _axes(ax)
@@ -166,7 +171,12 @@ def plot_recurrence(
 
 
 def plot_lags(
-    history: History, lags: Sequence[int] = range(1, 17), layer: str | None = None, ax: Axes | None = None
+    history: History,
+    lags: Sequence[int] = range(1, 17),
+    layer: str | None = None,
+    ax: Axes | None = None,
+    steps: Sequence[int] | None = None,
+    **line: Any,
 ) -> Axes:
     """How gradients correlate with those of so many steps before: the median over the run, and its quartiles.
 
@@ -175,18 +185,22 @@ def plot_lags(
     Args:
         lags: numbers of steps.
         layer: the layer's name; None: all layers together.
+        steps: look back from these only, such as those of one phase. Default: all.
+        line: as in :func:`plot_correlation`.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the history holds no sketches, or a lag is less than 1.
         KeyError: there is no such layer.
     """
-    found = [history.lagged_correlation(lag, layer)[0] for lag in lags]
+    chosen = slice(None) if steps is None else np.isin(history.steps, steps)
+    found = [history.lagged_correlation(lag, layer)[0][chosen] for lag in lags]
     known = [mu[np.isfinite(mu)] for mu in found]
     quartiles = np.array([np.quantile(mu, (0.25, 0.5, 0.75)) if len(mu) else (np.nan,) * 3 for mu in known])
     ax = _axes(ax)
-    ax.fill_between(list(lags), quartiles[:, 0], quartiles[:, 2], alpha=0.25, lw=0)
-    ax.plot(list(lags), quartiles[:, 1], marker="o", ms=3)
+    style: dict[str, Any] = {"marker": "o", "ms": 3} | line
+    (drawn,) = ax.plot(list(lags), quartiles[:, 1], **style)
+    ax.fill_between(list(lags), quartiles[:, 0], quartiles[:, 2], alpha=0.25, lw=0, color=drawn.get_color())
     ax.axhline(0.0, color="0.6", lw=0.8, zorder=0)
     ax.set(title=layer or "all layers", xlabel="lag, steps", ylabel="correlation", ylim=(-1.05, 1.05))
     return ax

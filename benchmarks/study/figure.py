@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from oscopt import plot
 from oscopt import report as page
 
 from .config import WINDOW, Config
@@ -26,6 +27,7 @@ from .rules import Record, phase_signs
 MAP = page.colour_map()
 _DASHES = ("-", "--", "-.", ":")
 _COLOURS, _STYLE = page.LINE_COLOURS, page.STYLE
+_EPOCHS, _LAGS = 240, 40  # of a recurrence plot, and of a plot of lags
 
 Matrices = dict[int, dict[str, np.ndarray]]
 
@@ -105,6 +107,18 @@ def draw_beside(record: Record, config: Config, other: Record, other_config: Con
     return figure
 
 
+def draw_recurrence(record: Record, matrices: Matrices, config: Config) -> Figure:
+    """Every epoch of the run against every other, and how far back gradients correlate."""
+    with plt.rc_context(_STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+        recurrence(left, record, matrices)
+        lags(right, record)
+        left.set_title("The whole run: every epoch against every other")
+        right.set_title("Correlation with the gradient of so many epochs before")
+        figure.suptitle(config.name)
+    return figure
+
+
 def panels(record: Record, matrices: Matrices, config: Config) -> Iterator[tuple[str, str]]:
     """The parts of a run's figures one by one, to be laid out by a page: (caption, SVG)."""
     drawn: list[tuple[str, Callable[[Axes, Record], object]]] = [
@@ -136,6 +150,28 @@ def panels(record: Record, matrices: Matrices, config: Config) -> Iterator[tuple
                 f"Correlations of all pairs of gradients, epochs {epoch} to {epoch + WINDOW - 1}",
                 svg(figure),
             )
+
+
+def whole_run_panels(record: Record, matrices: Matrices) -> Iterator[tuple[str, str]]:
+    """Likewise the two parts of :func:`draw_recurrence`; none without sketches."""
+    if record.recurrence is None:
+        return
+    marked = "; dotted: the epochs of the matrices above" if matrices else ""
+    drawn: list[tuple[str, Callable[[Axes], None]]] = [
+        (
+            f"The whole run: every epoch against every other, from sketches{marked}",
+            lambda axis: recurrence(axis, record, matrices),
+        ),
+        (
+            "Correlation with the gradient of so many epochs before, by phase: median, quartiles",
+            lambda axis: lags(axis, record),
+        ),
+    ]
+    with plt.rc_context(_STYLE):
+        for caption, panel in drawn:
+            figure, axis = plt.subplots(figsize=(4.9, 3.9), layout="constrained")
+            panel(axis)
+            yield caption, svg(figure)
 
 
 def svg(figure: Figure) -> str:
@@ -197,6 +233,31 @@ def layer_dots(axis: Axes, record: Record) -> None:
     axis.axhline(0, color="0.4", lw=0.8)
     axis.set(xlabel="epoch", ylabel="dot product")
     axis.set_title("Dot products of adjacent gradients (symmetric log)", loc="left")
+
+
+def recurrence(axis: Axes, record: Record, matrices: Matrices) -> None:
+    """The correlations of all pairs of epochs, from sketches, with the first epochs of `matrices` marked."""
+    marks = sorted(set(matrices).intersection(record.recurrence.steps.tolist()))
+    plot.plot_recurrence(record.recurrence, ax=axis, marks=marks, most=_EPOCHS)
+    for image in axis.images:
+        image.set(cmap=MAP, interpolation="none")  # averaged cells would hide a checkerboard
+    axis.spines[:].set_visible(False)
+    axis.set(title="", xlabel="epoch", ylabel="epoch")
+
+
+def lags(axis: Axes, record: Record) -> None:
+    """How the gradients of positive and of negative phases correlate with those of so many epochs before."""
+    lags = range(1, max(2, min(_LAGS + 1, len(record.recurrence))))
+    signs = phase_signs(record.windowed)
+    for i, (kind, chosen) in enumerate((("positive", signs > 0), ("negative", signs < 0))):
+        if chosen.any():
+            style = {"color": _COLOURS[i], "ls": _DASHES[i], "label": f"epochs of {kind} phases"}
+            epochs = np.flatnonzero(chosen)
+            plot.plot_lags(record.recurrence, lags, ax=axis, steps=epochs, **style)
+    axis.set(title="", xlabel="lag, epochs", ylabel="correlation", xlim=(0, lags[-1] + 1), ylim=(-1.08, 1.08))
+    axis.axhline(0, color="0.4", lw=0.8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
 
 
 def heatmap(axis: Axes, record: Record) -> None:

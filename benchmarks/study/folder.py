@@ -21,6 +21,7 @@ from .experiments import check_experiments
 
 CONFIG, EPOCHS, VERDICT = "config.json", "epochs.csv", "verdict.json"
 HISTORY, UPDATES, MATRICES = "history.npz", "updates.npz", "matrices.npz"
+RECURRENCE = "recurrence.npz"
 CHECKPOINT, OLDER = "checkpoint.pt", "checkpoint-older.pt"
 _LOCK = ".lock"
 

@@ -38,10 +38,9 @@ def run_page(
         "<h2>Claims</h2>",
         claims_table(verdicts),
         f"<h2>In short</h2><pre>{_text(chr(10).join(lines))}</pre>",
-        '<h2>Figures</h2><div class="panels">',
-        *(f"<figure><figcaption>{_text(caption)}</figcaption>{svg}</figure>"
-          for caption, svg in figure.panels(record, matrices, config)),
-        "</div>",
+        "<h2>Figures</h2>",
+        _panels(figure.panels(record, matrices, config)),
+        _panels(figure.whole_run_panels(record, matrices)),
         "<h2>Every layer, every epoch</h2>",
         heat_map(record.layers, record.history.layer_names, "correlation of adjacent gradients"),
     ]  # fmt: skip
@@ -138,6 +137,11 @@ def claims_table(verdicts: Sequence[Verdict]) -> str:
 def number(value: float) -> str:
     """Three digits, or a word where there is none."""
     return f"{value:.3g}" if math.isfinite(value) else "unknown"
+
+
+def _panels(drawn: Iterable[tuple[str, str]]) -> str:
+    figures = (f"<figure><figcaption>{_text(text)}</figcaption>{svg}</figure>" for text, svg in drawn)
+    return f'<div class="panels">{"".join(figures)}</div>'
 
 
 def _details(title: str, values: dict[str, object]) -> str:

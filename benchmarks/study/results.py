@@ -16,7 +16,7 @@ from oscopt import History
 from .config import Config
 from .errors import UserError
 from .experiments import TABLE
-from .folder import EPOCHS, HISTORY, MATRICES, UPDATES, VERDICT, Folder, read_config
+from .folder import EPOCHS, HISTORY, MATRICES, RECURRENCE, UPDATES, VERDICT, Folder, read_config
 from .rules import Record, Verdict, judge
 from .summary import summarise
 
@@ -64,12 +64,13 @@ def write(
         )  # fmt: skip
         for epoch, values in enumerate(zip(*columns, strict=True)):
             rows.writerow([epoch, *(repr(float(value)) for value in values)])
-    try:
-        record.history.save(folder / HISTORY)
-        if record.updates is not None:
-            record.updates.save(folder / UPDATES)
-    except OSError as error:
-        raise UserError(f"{folder / HISTORY} could not be written ({error.strerror}); make room") from None
+    recorded = {HISTORY: record.history, UPDATES: record.updates, RECURRENCE: record.recurrence}
+    for name, history in recorded.items():
+        try:
+            if history is not None:
+                history.save(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name} could not be written ({error.strerror}); make room") from None
     with folder.writing(MATRICES, "wb") as file:
         np.savez_compressed(
             file, **{f"{epoch}/{key}": m for epoch, of in matrices.items() for key, m in of.items()}
@@ -79,6 +80,8 @@ def write(
     lines = summarise(record, verdicts)
     figures = {"figure": figure.draw(record, matrices, config, TABLE[config.experiment].shows)}
     figures["layers"] = figure.draw_beyond(record, config)
+    if record.recurrence is not None:
+        figures["recurrence"] = figure.draw_recurrence(record, matrices, config)
     if beside is not None:
         figures["beside"] = figure.draw_beside(record, config, beside.record, beside.config)
     for name, drawn in figures.items():
@@ -113,7 +116,9 @@ def read(path: str | Path) -> Run:
             rows = list(csv.DictReader(file))
         columns = {key: np.array([float(row[key]) for row in rows]) for key in _COLUMNS}
         history = History.load(path / HISTORY)
-        updates = History.load(path / UPDATES) if (path / UPDATES).exists() else None
+        updates, recurrence = (
+            History.load(path / name) if (path / name).exists() else None for name in (UPDATES, RECURRENCE)
+        )
         with np.load(path / MATRICES, allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
@@ -129,7 +134,8 @@ def read(path: str | Path) -> Run:
         epoch, _, key = name.partition("/")
         matrices.setdefault(int(epoch), {})[key] = matrix
     given = {key: columns[key] for key in ("loss", "accuracy", "seconds", "sharpness")}
-    return Run(path, config, machine, state, Record(history, updates=updates, **given), matrices)
+    record = Record(history, updates=updates, recurrence=recurrence, **given)
+    return Run(path, config, machine, state, record, matrices)
 
 
 def _line(error: Exception) -> str:

@@ -31,6 +31,7 @@ class Record:
         updates: the same sums for the updates x_{t+1} - x_t; None: plain gradient descent, where they are
             the gradients' but for a factor.
         beside: the run that this one is compared with.
+        recurrence: sketches of the whole gradient, for the correlation of any two epochs; None: not kept.
     """
 
     history: History
@@ -40,6 +41,7 @@ class Record:
     sharpness: np.ndarray | None = None
     updates: History | None = None
     beside: Record | None = None
+    recurrence: History | None = None
 
     @property
     def windowed(self) -> np.ndarray:

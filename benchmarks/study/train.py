@@ -47,6 +47,7 @@ class Trainer:
     Attributes:
         progress: loss, accuracy and sharpness (NaN: not asked for) before each step, the step's seconds.
         matrices: epoch -> {"global": (h, h), "first": ..., "last": ...} of the windows so far.
+        sketcher: keeps a sketch of each epoch's whole gradient, beside what `meter` measures exactly.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Trainer:
         if config.precision == "bf16":
             self._precision = lambda: torch.autocast(self.device.type, torch.bfloat16)
         self._forward = torch.compile(self.model) if config.compile else self.model
-        self._attach(History(limit=None), History(limit=None))
+        self._attach(*(new() for new in _HISTORIES.values()))
         self.progress = Progress()
         self.matrices: dict[int, dict[str, np.ndarray]] = {}
         self._window: tuple[int, Window] | None = None
@@ -115,7 +116,9 @@ class Trainer:
     def record(self) -> Record:
         """What has been recorded so far."""
         columns = {name: np.array(values, np.float64) for name, values in vars(self.progress).items()}
-        return Record(self.history, updates=self.updates, **columns)
+        sketches = self.sketcher.history
+        recurrence = sketches if len(sketches) else None
+        return Record(self.history, updates=self.updates, recurrence=recurrence, **columns)
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -204,8 +207,10 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "monitor": self.meter.state_dict() if isinstance(self.meter, OscMonitor) else {},
+            "sketcher": self.sketcher.state_dict(),
             "history": self.history.state_dict(),
             "update_history": {} if self.updates is None else self.updates.state_dict(),
+            "recurrence": self.sketcher.history.state_dict(),
             "progress": {key: torch.tensor(v, dtype=torch.float64) for key, v in vars(self.progress).items()},
             "matrices": {
                 epoch: {key: torch.from_numpy(m) for key, m in matrices.items()}
@@ -227,39 +232,64 @@ class Trainer:
             raise ValueError(f"it is of a run with {differing[0]} {theirs.get(differing[0])}")
         self.model.load_state_dict(state["model"])
         recorded = [
-            History.from_state_dict(state[key]) if state[key] else History(limit=None)
-            for key in ("history", "update_history")
+            History.from_state_dict(state[key]) if state.get(key) else new()
+            for key, new in _HISTORIES.items()
         ]
         self._attach(*recorded)
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(self.meter, OscMonitor):
             self.meter.load_state_dict(state["monitor"])
         self.progress = Progress(**{key: v.tolist() for key, v in state["progress"].items()})
+        unknown = {
+            "step": len(self.progress),
+            "state": {name: {} for name, _ in self.model.named_parameters()},
+        }
+        self.sketcher.load_state_dict(state.get("sketcher", unknown))  # older ones have none: it begins here
         self.matrices = {
             epoch: {key: m.numpy() for key, m in matrices.items()}
             for epoch, matrices in state["matrices"].items()
         }
-        counts = {len(values) for values in vars(self.progress).values()} | {len(self.history)}
+        counts = {len(values) for values in vars(self.progress).values()}
+        counts |= {
+            len(self.history),
+            len(self.sketcher.history) if "recurrence" in state else len(self.history),
+        }
         if len(counts) > 1 or len(self.progress) > self.config.epochs:
             raise ValueError(f"its parts are of {' and '.join(map(str, sorted(counts)))} epochs")
 
-    def _attach(self, history: History, update_history: History) -> None:
+    def _attach(self, history: History, update_history: History, recurrence: History) -> None:
         """Make the optimizer and what measures its gradients, and its updates if they differ."""
         config, model = self.config, self.model
         if config.optimizer == "oscgd":
             own = OscGD(model.named_parameters(), lr=config.lr, layers=config.layers, history=history)
             self.optimizer, self.meter = own, own
-            return
-        kind = OTHERS.get(config.optimizer, torch.optim.SGD)
-        self.optimizer = kind(model.parameters(), lr=config.lr)
-        self.meter = OscMonitor(
+        else:
+            kind = OTHERS.get(config.optimizer, torch.optim.SGD)
+            self.optimizer = kind(model.parameters(), lr=config.lr)
+            self.meter = OscMonitor(
+                self.optimizer,
+                model.named_parameters(),
+                ("grad", "update") if config.optimizer in OTHERS else "grad",
+                layers=config.layers,
+                history=history,
+                update_history=update_history,
+            )
+        # One layer, not one each: 1 KB an epoch, whatever the model.
+        self.sketcher = OscMonitor(
             self.optimizer,
             model.named_parameters(),
-            ("grad", "update") if config.optimizer in OTHERS else "grad",
-            layers=config.layers,
-            history=history,
-            update_history=update_history,
+            layers={name: "all layers" for name, _ in model.named_parameters()},
+            measure="sketch",
+            history=recurrence,
         )
+
+
+_HISTORIES: dict[str, Callable[[], History]] = {
+    "history": lambda: History(limit=None),
+    "update_history": lambda: History(limit=None),
+    "recurrence": lambda: History(limit=None, sketches=256),
+}
+"""What a run records, as its checkpoints call it, and empty."""
 
 
 def _set_precision(config: Config) -> None:

@@ -6,13 +6,14 @@ import functools
 import re
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from browser import browse, needs_browser
 from study_config import CONFIG
 
-from oscopt import History
+from oscopt import History, OscGD
 from oscopt.report import binned
 from study import figure, report, rules, summary
 from study.experiments import TABLE
@@ -98,6 +99,38 @@ def test_pages_need_no_network():
     page = page_of(wave(60, 5))
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(["']?http""", page)
     assert "&lt;unknown&gt; &amp; more" in page and "<unknown>" not in page
+
+
+def sketched(record: rules.Record) -> rules.Record:
+    """The same with the sketches of another run of that length, whose gradients have a period of 2."""
+    p = torch.nn.Parameter(torch.zeros(64))
+    base, swing = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    history = History(limit=None, sketches=256)
+    optimizer = OscGD([("p", p)], measure="sketch", history=history, backend="torch")
+    for epoch in range(len(record.loss)):
+        p.grad = base + 3 * (-1) ** epoch * swing
+        optimizer.step()
+    return replace(record, recurrence=history)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 20, 600])
+def test_the_whole_run_is_shown(epochs):
+    """As a picture of one point an epoch, not as shapes: small, however long the run."""
+    record = wave(epochs, 3)
+    without, page = page_of(record), page_of(sketched(record))
+    assert "The whole run" not in without and "The whole run: every epoch against every other" in page
+    assert page.count("data:image/png;base64") > without.count("data:image/png;base64")
+    assert len(page) - len(without) < 300_000
+
+
+def test_oscillation_is_a_checkerboard():
+    """Each epoch is one cell, of its own colour."""
+    fig, axis = plt.subplots()
+    figure.recurrence(axis, sketched(wave(20, 3)), {5: {}, 99: {}})
+    cells = axis.images[0].get_array()
+    even = np.arange(20) % 2 == 0
+    assert (cells[np.ix_(even, even)] > 0.9).all() and (cells[np.ix_(even, ~even)] < -0.5).all()
+    plt.close(fig)
 
 
 def test_long_runs_stay_small():

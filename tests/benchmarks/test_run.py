@@ -60,7 +60,9 @@ data._mnist5k = functools.cache(data._mnist5k)  # takes a second to read
 def undrawn(monkeypatch):
     """Leaves out most figures: they take longer than the runs."""
     monkeypatch.setattr(figure, "panels", lambda *_: ())
+    monkeypatch.setattr(figure, "whole_run_panels", lambda *_: ())
     monkeypatch.setattr(figure, "draw_beyond", lambda *_: plt.figure())
+    monkeypatch.setattr(figure, "draw_recurrence", lambda *_: plt.figure())
 
 
 @pytest.fixture
@@ -99,6 +101,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     first, second = History.load(a / "history.npz"), History.load(b / "history.npz")
     for name in ("steps", "dot", "sq_norm", "diff_sq_norm", "prev_sq_norm", "lr"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    np.testing.assert_array_equal(*(History.load(out / "recurrence.npz").pairwise()[0] for out in (a, b)))
     rows = [[row[:5] for row in csv.reader((out / "epochs.csv").open())] for out in (a, b)]
     assert rows[0] == rows[1]
     matrices = [torch.load(out / "checkpoint.pt", weights_only=True)["matrices"] for out in (a, b)]
@@ -115,6 +118,7 @@ def test_every_model_end_to_end(tmp_path, model, call_and_draw):
     assert "preset small (as asked)" in done.stdout and re.search(r"loss +\d", done.stdout)
     names = {"config.json", "history.npz", "epochs.csv", "checkpoint.pt", "figure.svg", "figure.png"}
     names |= {"layers.svg", "layers.png", "matrices.npz", "report.html", "verdict.json"}
+    names |= {"recurrence.npz", "recurrence.svg", "recurrence.png"}
     assert names <= {p.name for p in out.iterdir()}
     assert not [p for p in out.iterdir() if p.name.startswith(".") and p.name != ".lock"]
     settings = json.loads((out / "config.json").read_text())["settings"]
@@ -131,6 +135,26 @@ def test_every_model_end_to_end(tmp_path, model, call_and_draw):
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
     page = (out / "report.html").read_text()
     assert "<svg" in page and not re.search(r"""(src|href)=["']https?:""", page)
+    assert "The whole run: every epoch against every other" in page
+    assert History.load(out / "recurrence.npz").pairwise()[0].shape == (3, 3)
+
+
+def test_runs_of_before_lack_the_recurrence(tmp_path, call):
+    """Their folders are read, drawn and gone on with; the whole run begins where they go on."""
+    out = tmp_path / "run"
+    assert call("--model", "linear", "--epochs", 3, "--out", out, *FAST).returncode == 0
+    for file in out.glob("recurrence.*"):
+        file.unlink()
+    read = results.read(out)
+    assert read.record.recurrence is None
+    with closing(Folder(out)) as folder:
+        checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+        del checkpoint["sketcher"], checkpoint["recurrence"]
+        folder.save_checkpoint(checkpoint)
+        results.write(folder, read.record, read.matrices, read.config, read.state, ())
+    assert "The whole run" not in (out / "report.html").read_text() and not list(out.glob("recurrence.*"))
+    assert call("--resume", "--out", out).returncode == 0
+    assert not list(out.glob("recurrence.*")) and results.read(out).state == "finished"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])

@@ -41,6 +41,39 @@ def test_seed_decides_everything():
     assert first.progress.loss == same.progress.loss != other.progress.loss
 
 
+@pytest.mark.parametrize("optimizer", ["oscgd", "adam"])
+def test_the_whole_run_is_sketched(optimizer):
+    """Beside what is measured exactly, near to it, and to the same bits after a checkpoint."""
+    config = replace(CONFIG, optimizer=optimizer, lr=0.01, epochs=6)
+    whole, first, second = (Trainer(config) for _ in range(3))
+    for _ in range(6):
+        whole.epoch()
+    for _ in range(3):
+        first.epoch()
+    second.load_state_dict(first.state_dict())
+    for _ in range(3):
+        second.epoch()
+    mu, stderr = whole.record.recurrence.pairwise()
+    np.testing.assert_array_equal(mu, second.record.recurrence.pairwise()[0])
+    assert mu.shape == (6, 6) and np.isfinite(mu).all()
+    exact = whole.history.global_correlation()[1:]
+    assert (np.abs(np.diagonal(mu, 1) - exact) <= 4 * np.diagonal(stderr, 1) + 1e-6).all()
+    assert whole.meter.layer_names != whole.sketcher.layer_names == ("all layers",)
+
+
+def test_checkpoints_of_before_have_no_sketches():
+    """The recurrence begins where the run goes on; all else is whole."""
+    first, second = Trainer(replace(CONFIG, epochs=6)), Trainer(replace(CONFIG, epochs=6))
+    for _ in range(3):
+        first.epoch()
+    state = first.state_dict()
+    del state["sketcher"], state["recurrence"]
+    second.load_state_dict(state)
+    assert second.record.recurrence is None
+    second.epoch()
+    assert second.record.recurrence.steps.tolist() == [3] and second.history.steps.tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     "name, count", [("resnet18", 41), ("resnet34", 73), ("vgg16", 14), ("cnn", 4), ("cnn_bn", 7)]
 )

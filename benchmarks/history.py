@@ -46,7 +46,9 @@ def _main(options: argparse.Namespace) -> int:
     import torch
 
     from oscopt import History
-    from oscopt.history import RECORDED
+    from oscopt.clock import HostClock
+    from oscopt.device_log import DeviceLog
+    from oscopt.rows import RECORDED
     from study import memory
 
     held = min(options.steps, options.limit) * options.layers * 8 * (len(RECORDED) + 2)
@@ -61,7 +63,9 @@ def _main(options: argparse.Namespace) -> int:
             raise UserError(f"--folder {options.folder}: it is not empty; give another one")
         history.stream_to(options.folder)
     sums = torch.rand((len(RECORDED), options.layers), dtype=torch.float64)
-    device = torch.device("cpu")
+    clock = HostClock(range(options.layers), [0] * options.layers, options.layers, 0, (0.1,))
+    log = DeviceLog(history.block_size, len(RECORDED), options.layers, torch.device("cpu"), clock)
+    history.read_from(log)
     print(f"{'steps':>9} {'us a step':>10} {'longest ms':>10} {'held':>7} {'MiB':>7}")
     tenth = -(-options.steps // 10)
     for start in range(0, options.steps, tenth):
@@ -69,8 +73,12 @@ def _main(options: argparse.Namespace) -> int:
         for t in range(start, end):
             lr = np.full(options.layers, 0.1 / (1 + t))  # changes in every step: the costly case
             begin = time.perf_counter()
-            history.next_row(device).copy_(sums)
-            history.commit(t, lr, lr)
+            if log.full:
+                for rows in log.send():
+                    history.extend(rows)
+            log.open().copy_(sums)
+            log.close((lr, lr))
+            clock.advance()
             times.append(time.perf_counter() - begin)
         print(
             f"{end:9,} {np.median(times) * 1e6:10.1f} {max(times) * 1e3:10.1f} {len(history):7,} "

@@ -450,10 +450,21 @@ class Adapter:
         for key, value in self._own.items():
             yield _OWN + key, value.clone() if self._together else of_layers(value, math.nan)
 
-    @property
-    def warming_up(self) -> bool:
-        """Whether the next step's sums do not change the scales yet."""
-        return self._seen < self._warmup
+    def check_capture(self) -> None:
+        """Raise where a step of now is not what a CUDA graph would replay.
+
+        Raises:
+            RuntimeError: the policy does different things in different steps, or is warming up.
+        """
+        if not getattr(self.policy, "capturable", True):
+            raise RuntimeError(
+                f"the policy {self.policy!r} does not do the same in every step, but a graph would; "
+                "take adapt='cosine' or another one"
+            )
+        if self._seen < self._warmup:
+            raise RuntimeError(
+                f"the policy {self.policy!r} is warming up, and so would every replay be; capture after that"
+            )
 
     def decide(self, sums: Tensor, lr: Tensor, prev_step: Tensor) -> None:
         """Let the policy see a step's `sums` (6, L) and set the scale.

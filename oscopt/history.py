@@ -1,22 +1,21 @@
-"""The record of a run: the sums of every measured step and layer."""
+"""The record of a run, on the host: the sums of every measured step and layer, and what follows from them."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from . import atomic, measures
-from .kernels import SUMS
-from .measures import Array
+from . import history_files, measures
+from .history_files import Contents, Folder
+from .layers import some
+from .rows import RATES, RECORDED, Block, OpenBlock, Rows, height, joined, unpacked, widened
 
 if TYPE_CHECKING:
     import pandas
@@ -24,23 +23,24 @@ if TYPE_CHECKING:
 
     from .summary import Summary
 
-RECORDED = (*SUMS, "correlation_stderr", "step_scale", "prev_step_scale")
-"""What one row of the record holds for each layer."""
-MEASURED = len(RECORDED) - 2
-"""Of these, how many are measured; the others are settings."""
-_HOST = ("lr", "prev_lr")
-_FORMAT = 2
 _SKETCHES = tuple(1 << i for i in range(4, 11))
-_BLOCK = 256  # steps that gather on the device before they move to the host, or fewer: a quarter of `limit`
+_BLOCK = 256  # steps in a block, or fewer: a quarter of `limit`
+
+
+class Source(Protocol):
+    """Where steps come from: :class:`oscopt.device_log.DeviceLog`."""
+
+    def take(self) -> list[Rows]:
+        """The steps that have not been taken yet; waits for the device."""
 
 
 class History:
     """Sums, learning rates and what follows from them, for T measured steps and L layers.
 
-    It grows on the device of the parameters and moves to the host in blocks, so recording never waits for
-    the device; reading does. A layer's row is NaN where there is nothing to compare: in the first step, after
-    a step in which other parameters of the layer had gradients, and where the previous gradient was
-    overwritten. Sums that are not finite are NaN.
+    Steps gather on the device of the parameters (:mod:`oscopt.device_log`) and move here in blocks, so that
+    recording never waits for the device; reading does. A layer's row is NaN where there is nothing to
+    compare: in the first step, after a step in which other parameters of the layer had gradients, and where
+    the previous gradient was overwritten. Sums that are not finite are NaN.
 
     Args:
         limit: how many steps are held at most. Beyond, the record is thinned: every second step is dropped,
@@ -62,7 +62,7 @@ class History:
             ones than the learning rate times the gradient, so that no curvature follows).
     """
 
-    def __init__(self, limit: int | None = 32_768, sketches: int | None = None) -> None:
+    def __init__(self, limit: int | None = history_files.LIMIT, sketches: int | None = None) -> None:
         if limit is not None and limit < 2 * _BLOCK:
             raise ValueError(f"Invalid limit: {limit}; use at least {2 * _BLOCK} steps, or None")
         if sketches is not None and sketches not in _SKETCHES:
@@ -71,27 +71,19 @@ class History:
         self._limit = limit
         self._sketches = sketches
         self._seeds: dict[str, int] = {}  # of the layers' sketches
-        self._size = _BLOCK if limit is None else min(_BLOCK, limit // 4)  # steps in a block
         self._layer_names: tuple[str, ...] = ()
         self._current: tuple[str, ...] = ()  # the layers that rows are of now
         self._columns: list[int] | None = None  # where they are in the record, if not in the same places
-        self._blocks: list[_Block[np.ndarray]] = []  # on the host, the oldest first
-        self._arriving: _Block[Tensor] | None = None  # on its way there
-        self._block: Tensor | None = None  # (_size, 9, L) on the device
-        self._steps: list[int] = []  # of the filled rows of it
-        self._rates: list[tuple[np.ndarray, ...]] = []  # lr and prev_lr of them
-        self._settle_last: Callable[[], None] | None = None
-        self._source: Callable[[], None] | None = None  # brings what was recorded without the host
+        self._blocks: list[Block] = []  # the oldest first
+        self._open: OpenBlock | None = None  # the newest
         self._count = 0  # steps recorded so far, dropped ones included
         self._stride = 1  # of these, every so many are held
-        self._held = 0  # steps in _blocks
         self._drained = -1  # the last step that drain() gave out
-        self._folder: _Folder | None = None
+        self._folder: Folder | None = None
+        self._source: Source | None = None
 
     def __len__(self) -> int:
-        self.pull()
-        arriving = len(self._arriving) if self._arriving is not None else 0
-        return self._held + arriving + len(self._steps)
+        return sum(map(len, self._held()))
 
     def __repr__(self) -> str:
         steps = self.steps
@@ -103,11 +95,8 @@ class History:
     @property
     def next_step(self) -> int:
         """The number of the step after the last one recorded."""
-        self.pull()
-        if self._steps:
-            return self._steps[-1] + 1
-        last = self._arriving or (self._blocks[-1] if self._blocks else None)
-        return int(last.steps[-1]) + 1 if last is not None else 0
+        steps = (block.steps for block in reversed(self._held()) if len(block))
+        return int(next(steps, (-1,))[-1]) + 1
 
     @property
     def sketches(self) -> int | None:
@@ -115,9 +104,18 @@ class History:
         return self._sketches
 
     @property
-    def rows(self) -> int:
-        """Of what :meth:`next_row` gives."""
-        return len(RECORDED) + (self._sketches or 0) // 2
+    def block_size(self) -> int:
+        """How many steps are to gather on the device before they move here."""
+        return _BLOCK if self._limit is None else min(_BLOCK, self._limit // 4)
+
+    def read_from(self, source: Source) -> None:
+        """From now on steps come from `source`, which has what is not here yet."""
+        self._pull()
+        self._source = source
+
+    def reads_from(self, source: Source) -> bool:
+        """Whether steps come from `source`."""
+        return self._source is source
 
     def sketch_with(self, seeds: Mapping[str, int]) -> None:
         """From now on sketches are made with `seeds`, one a layer.
@@ -148,11 +146,11 @@ class History:
         held = set(self._layer_names)
         if not (edited or held <= set(names) or held >= set(names)):
             raise ValueError(
-                f"history holds layers {_some(self._layer_names)}, the optimizer has {_some(names)}; "
+                f"history holds layers {some(self._layer_names)}, the optimizer has {some(names)}; "
                 "pass the history of the same model, or none"
             )
         if names != self._current:
-            self._close_block()
+            self._pull()
             if not self._count:
                 self._layer_names = ()
             self._layer_names += tuple(name for name in names if name not in self._layer_names)
@@ -161,160 +159,76 @@ class History:
             columns = [place[name] for name in names]
             self._columns = None if columns == list(range(len(place))) else columns
 
-    def next_row(self, device: torch.device) -> Tensor:
-        """Where the next step's :data:`RECORDED` go: float64, shape (9, L), on `device`.
-
-        The sums in it are zeros, the scales ones. With `sketches`, they follow, as :func:`packed` has them.
-        """
-        if self._block is not None and (len(self._steps) == self._size or self._block.device != device):
-            self._close_block()
-        self.settle()
-        if self._block is None:
-            self._make_room()
-            shape = (self._size, self.rows, len(self._current))
-            self._block = torch.zeros(shape, dtype=torch.float64, device=device)
-            self._block[:, MEASURED : len(RECORDED)] = 1.0  # scales
-        return self._block[len(self._steps)]
-
-    def commit(
-        self, step: int, lr: np.ndarray, prev_lr: np.ndarray, settle: Callable[[], None] | None = None
-    ) -> None:
-        """Make the row last asked for part of the record.
-
-        Args:
-            step: its number.
-            lr, prev_lr: learning rates of this step and the one before, shape (L,); not to be changed later.
-            settle: finishes the row, which is still being summed; called before anything reads it.
-        """
-        self._steps.append(step)
-        self._rates.append((lr, prev_lr))
-        self._settle_last = settle
-
-    def follow(self, source: Callable[[], None] | None) -> None:
-        """From now on call `source` before the record is read: it may have more, for :meth:`extend`."""
-        self.pull()
-        self._source = source
-
-    def follows(self, source: Callable[[], None]) -> bool:
-        """Whether :meth:`follow` was last called with it."""
-        return self._source == source
-
-    def pull(self) -> None:
-        """Take what :meth:`follow` has brought up."""
-        if self._source is not None:
-            source, self._source = self._source, None  # which reads on its part
-            try:
-                source()
-            finally:
-                self._source = source
-
-    def extend(self, steps: np.ndarray, sums: np.ndarray, lr: np.ndarray, prev_lr: np.ndarray) -> None:
-        """Add T steps that were recorded elsewhere.
-
-        Args:
-            steps: their numbers, (T,).
-            sums: their :data:`RECORDED`, float64, (T, 9, L).
-            lr, prev_lr: as in :meth:`commit`, (T, L).
-        """
-        last = (np.zeros(0), np.zeros(0))
-        for step, row, *rates in zip(steps.tolist(), torch.from_numpy(sums), lr, prev_lr, strict=True):
-            self.next_row(torch.device("cpu")).copy_(row)
-            if not all(map(partial(np.array_equal, equal_nan=True), rates, last)):
-                last = rates[0], rates[1]  # a record keeps what is the same array once
-            self.commit(step, *last)
+    def extend(self, rows: Rows) -> None:
+        """Add steps, of the layers that :meth:`add_layers` was last called with."""
+        first, count = 0, len(rows.steps)
+        while first < count:
+            block = self._open
+            if block is None or not block.room or block.width != len(self._layer_names):
+                block = self._new_block()
+            last = min(first + block.room, count)
+            block.add(Rows(*(part[first:last] for part in rows)), self._columns)
+            self._count += last - first
+            first = last
 
     def cut(self, step: int) -> None:
         """Forget the steps from number `step` on: the run goes back to where it was before that step."""
         if self.next_step <= step:
             return
-        self._close_block()
-        self._absorb()
+        self._close()
         self._blocks = [b for b in (block.where(block.steps < step) for block in self._blocks) if len(b)]
-        self._held = sum(map(len, self._blocks))
         self._count = int(self._blocks[-1].ordinals[-1]) + 1 if self._blocks else 0
         self._drained = min(self._drained, step - 1)
         if self._folder is not None:
             self._folder.last = min(self._folder.last, step - 1)
 
-    def settle(self) -> None:
-        """Finish the row that is still being summed."""
-        if self._settle_last is not None:
-            settle, self._settle_last = self._settle_last, None
-            settle()
+    def _new_block(self) -> OpenBlock:
+        self._close()
+        self._thin()
+        width = len(self._layer_names)
+        self._open = OpenBlock(self.block_size, height(self._sketches), width, self._count)
+        return self._open
 
-    def _open_block(self, first: int = 0) -> _Block[Tensor]:
-        """The filled rows of the block on the device from number `first` on, as they lie there."""
-        assert self._block is not None
-        self.settle()
-        width, count = len(self._layer_names), len(self._steps) - first
-        rates = {}
-        for i, name in enumerate(_HOST):
-            rows = [row[i] for row in self._rates[first:]]
-            constant = all(row is rows[0] for row in rows)
-            rate = np.stack(rows[:1] if constant else rows)
-            if self._columns is not None:
-                given = rate
-                rate = np.full((len(given), width), np.nan)
-                rate[:, self._columns] = given
-            rates[name] = np.broadcast_to(rate[0], (count, width)) if constant else rate
-        ordinals = np.arange(self._count + first, self._count + len(self._steps))
-        sums = self._block[first : len(self._steps)]
-        if self._columns is not None:
-            narrow = sums
-            sums = narrow.new_full((count, self.rows, width), np.nan)
-            sums[..., self._columns] = narrow
-        return _Block(np.array(self._steps[first:], np.int64), ordinals, sums, rates)
-
-    def _close_block(self) -> None:
-        """Send the block on the device to the host; take up the one before, which has arrived meanwhile."""
-        self.pull()
-        if self._block is not None and self._steps:
-            self._absorb()
-            self._arriving = block = self._open_block()
-            self._count += len(self._steps)
-            if block.sums.device.type == "cuda":
-                host = torch.empty(block.sums.shape, dtype=block.sums.dtype, pin_memory=True)
-                host.copy_(block.sums, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(block.sums.device))
-                block.sums, block.event = host, event
-            else:
-                block.sums = block.sums.cpu()
-        self._block, self._steps, self._rates = None, [], []
-
-    def _absorb(self) -> None:
-        """Store the block that was on its way, on disk if asked."""
-        if self._arriving is None:
+    def _close(self) -> None:
+        """Close the block that is being filled, and write it where all is to be on disk."""
+        if self._open is None:
             return
-        block, self._arriving = self._arriving.on_host(), None
-        if self._folder is not None:
-            self._folder.append(self._history_of([block]))
-        self._blocks.append(block)
-        self._held += len(block)
-        self._join(len(self._blocks) - 1)
+        block = self._open.closed()
+        if len(block):
+            if self._folder is not None:
+                self._folder.append(self._contents([block]))
+            self._blocks.append(block)
+            self._join(len(self._blocks) - 1)
+        self._open = None
 
-    def _make_room(self) -> None:
-        """Thin the record until another block fits in; its last block, which tells the next step, stays."""
+    def _thin(self) -> None:
+        """Drop steps until another block fits in; the last block, which tells the next step, stays."""
         if self._limit is None:
             return
-        arriving = 0 if self._arriving is None else len(self._arriving)
-        while self._held + arriving + self._size > self._limit:
-            others = self._blocks if arriving else self._blocks[:-1]
-            dense = (i for i, block in enumerate(others) if block.stride < self._stride)
+        while sum(map(len, self._blocks)) + self.block_size > self._limit:
+            dense = (i for i, block in enumerate(self._blocks[:-1]) if block.stride < self._stride)
             if (i := next(dense, None)) is None:
                 self._stride *= 2
-                continue
-            before = len(self._blocks[i])
-            self._blocks[i] = self._blocks[i].thinned(self._stride)
-            self._held -= before - len(self._blocks[i])
-            self._join(i)
+            else:
+                self._blocks[i] = self._blocks[i].thinned(self._stride)
+                self._join(i)
 
     def _join(self, i: int) -> None:
         """Put block `i` and the one before together if they are small."""
         if i:
-            pair = self._blocks[i - 1 : i + 1]
-            if pair[0].stride == pair[1].stride and len(pair[0]) + len(pair[1]) <= self._size:
-                self._blocks[i - 1 : i + 1] = [_joined(pair, len(self._layer_names))]
+            one, other = self._blocks[i - 1 : i + 1]
+            if one.stride == other.stride and len(one) + len(other) <= self.block_size:
+                self._blocks[i - 1 : i + 1] = [self._joined([one, other])]
+
+    def _pull(self) -> None:
+        """Take what the source has."""
+        for rows in self._source.take() if self._source is not None else ():
+            self.extend(rows)
+
+    def _held(self) -> list[Block]:
+        """All blocks."""
+        self._pull()
+        return [*self._blocks, *([] if self._open is None else [self._open.so_far()])]
 
     # ---- reading -----------------------------------------------------------------------------------------
 
@@ -326,9 +240,7 @@ class History:
     @property
     def steps(self) -> np.ndarray:
         """Numbers of the measured steps, the optimizer's first being 0: int64, shape (T,)."""
-        self.pull()
-        parts = [block.steps for block in (*self._blocks, self._arriving) if block is not None]
-        return np.concatenate([*parts, np.array(self._steps, np.int64)])
+        return np.concatenate([np.zeros(0, np.int64), *(block.steps for block in self._held())])
 
     @property
     def dot(self) -> np.ndarray:
@@ -517,8 +429,7 @@ class History:
 
         `products` and `outer` pair up vectors, (n, k'), and numbers, (n,).
         """
-        k = self._sketches
-        if k is None:
+        if self._sketches is None:
             raise ValueError(
                 "the history holds no sketches; make the optimizer with measure='sketch' and "
                 "history=History(sketches=256)"
@@ -526,29 +437,14 @@ class History:
         if layer is not None and layer not in self._layer_names:
             raise KeyError(f"no layer {layer!r}; there are {', '.join(self._layer_names)}")
         chosen = range(len(self._layer_names)) if layer is None else [self._layer_names.index(layer)]
+        blocks, width = self._held(), len(self._layer_names)
         sq_norms = self.sq_norm[places]
-        width, first = len(self._layer_names), len(RECORDED)
-        dot: float | np.ndarray = 0.0
-        variance: float | np.ndarray = 0.0
-        total: float | np.ndarray = 0.0
-        blocks = self._all_blocks()
+        layers = []
         for i in chosen:
-            rows = [_widened(block.sums[:, first:], width)[:, :, i : i + 1] for block in blocks]
-            vectors = _unpacked(np.concatenate([np.zeros((0, k // 2, 1)), *rows]))[places, 0].astype(
-                np.float64
-            )
-            weight = outer(np.sqrt(sq_norms[:, i]))
-            with np.errstate(divide="ignore", invalid="ignore"):
-                vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-                cosine = np.clip(products(vectors), -1.0, 1.0)
-                rest = 1 - cosine * cosine
-                # A layer without a gradient adds nothing.
-                dot = dot + np.where(weight == 0, 0.0, weight * cosine * (1 + rest / (2 * k)))
-                variance = variance + np.where(weight == 0, 0.0, (weight * rest) ** 2 / k)
-            total = total + sq_norms[:, i]
-        norms = outer(np.sqrt(total))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.clip(dot / norms, -1.0, 1.0), np.sqrt(variance) / norms
+            values = [widened(b.values[:, len(RECORDED) :], width)[:, :, i : i + 1] for b in blocks]
+            vectors = unpacked(np.concatenate([np.zeros((0, self._sketches // 2, 1)), *values]))
+            layers.append((vectors[places, 0], sq_norms[:, i]))
+        return measures.sketched_correlation(layers, products, outer)
 
     def drain(self) -> History:
         """What is new since the last call, as a history of its own; everything, the first time.
@@ -557,18 +453,11 @@ class History:
         :class:`History` thinned out before it was asked for is gone: drain at least every 256 steps (or
         `limit` / 4, if that is less).
         """
-        self.pull()
-        blocks: list[_Block[np.ndarray]] = []
-        held: list[_Block[np.ndarray] | _Block[Tensor]] = [*self._blocks]
-        if self._arriving is not None:
-            held.append(self._arriving)
-        for block in reversed(held):
-            if block.steps[-1] <= self._drained:
+        blocks: list[Block] = []
+        for block in reversed(self._held()):
+            if not len(block) or block.steps[-1] <= self._drained:
                 break
-            blocks.insert(0, block.on_host().where(block.steps > self._drained))
-        if self._steps and self._steps[-1] > self._drained:
-            first = int(np.searchsorted(self._steps, self._drained, side="right"))
-            blocks.append(self._open_block(first).on_host())
+            blocks.insert(0, block.where(block.steps > self._drained))
         self._drained = self.next_step - 1
         return self._history_of(blocks)
 
@@ -577,7 +466,7 @@ class History:
         return {
             "steps": self.steps,
             "layer_names": np.array(self.layer_names, str),
-            **{name: getattr(self, name) for name in (*RECORDED, *_HOST)},
+            **{name: getattr(self, name) for name in (*RECORDED, *RATES)},
             "correlation": self.correlation(),
             "curvature": self.curvature(),
         }
@@ -613,8 +502,8 @@ class History:
 
     def last(self, count: int) -> History:
         """The last `count` of the steps that are held, as a history of its own."""
-        blocks: list[_Block] = []
-        for block in reversed(self._all_blocks()):
+        blocks: list[Block] = []
+        for block in reversed(self._held()):
             if count <= 0:
                 break
             blocks.insert(0, block.between(max(0, len(block) - count), len(block)))
@@ -652,9 +541,12 @@ class History:
     # ---- files -------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write an .npz file, whole or not at all: `format`, `steps`, `layer_names` and the arrays."""
-        with atomic.writing(path) as file:
-            np.savez_compressed(file, **self._arrays())
+        """Write an .npz file, whole or not at all: `format`, `steps`, `layer_names` and the arrays.
+
+        Raises:
+            OSError: it cannot be written; what was there stays.
+        """
+        history_files.write(path, self._contents(self._held()))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> History:
@@ -664,20 +556,7 @@ class History:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, of another version, or something else.
         """
-        path = Path(path)
-        if path.is_dir():
-            return cls._from_folder(path)
-        try:
-            file = np.load(path, allow_pickle=False)
-            if isinstance(file, np.ndarray):  # .npy
-                raise ValueError("it holds a single array")
-            with file:
-                data = {name: file[name] for name in file.files}
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # of a damaged file: zlib's and zipfile's own, NotImplementedError, ...
-            raise ValueError(f"{os.fspath(path)!r} is no history, or a damaged one: {error}") from None
-        return cls._from_arrays(data, repr(os.fspath(path)))
+        return cls._of(history_files.read(Path(path)))
 
     def stream_to(self, folder: str | os.PathLike) -> None:
         """From now on also append every step to `folder`, thinned or not, in files of up to 256 steps.
@@ -691,31 +570,32 @@ class History:
         Raises:
             ValueError: the folder holds the record of another run, and this history is empty.
         """
-        target = _Folder(Path(folder))
+        target = Folder(Path(folder))
         if target.last >= 0 and not len(self):
             raise ValueError(
                 f"{os.fspath(folder)!r} holds a record up to step {target.last} already; go on with "
                 "History.load of it, or give another folder"
             )
         target.last = min(target.last, self.next_step - 1)
-        self._close_block()
-        self._absorb()
-        if self._blocks:
-            target.append(self._history_of(self._blocks))
+        target.append(self._contents(self._held()))
         self._folder = target
 
     def flush(self) -> None:
         """Write what :meth:`stream_to` has not written yet."""
-        self._close_block()
-        self._absorb()
+        if self._folder is not None:
+            new = [block for block in self._held() if len(block) and block.steps[-1] > self._folder.last]
+            self._folder.append(self._contents(new))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and strings only: `torch.load(..., weights_only=True)` reads it back."""
-        arrays = {
-            name: torch.from_numpy(np.array(value)) for name, value in self._arrays(names=False).items()
-        }
+        contents = self._contents(self._held())
+        arrays = {name: torch.from_numpy(np.array(value)) for name, value in contents.arrays().items()}
         about = json.dumps(self.about)
-        return arrays | {"format": _FORMAT, "layer_names": list(self.layer_names), "about": about}
+        return arrays | {
+            "format": history_files.FORMAT,
+            "layer_names": list(self.layer_names),
+            "about": about,
+        }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> History:
@@ -724,133 +604,55 @@ class History:
         Raises:
             ValueError: `state` is of another version, or something else.
         """
-        return cls._from_arrays({k: np.asarray(v) for k, v in state.items()}, "state")
-
-    def _arrays(self, names: bool = True) -> dict[str, Any]:
-        """What a file holds: format, limit (-1: none), steps so far, the last drained one, and the rest."""
-        whole = _joined(self._all_blocks(), len(self._layer_names))
-        return {
-            "format": np.array(_FORMAT),
-            "limit": np.array(-1 if self._limit is None else self._limit),
-            "count": np.array(self._count + len(self._steps)),
-            "drained": np.array(self._drained),
-            "steps": whole.steps,
-            "ordinals": whole.ordinals,
-            **(
-                {"layer_names": np.array(self.layer_names, str), "about": np.array(json.dumps(self.about))}
-                if names
-                else {}
-            ),
-            **{name: np.ascontiguousarray(whole.sums[:, i]) for i, name in enumerate(RECORDED)},
-            **whole.rates,
-            **self._sketch_arrays(whole),
-        }
-
-    def _sketch_arrays(self, whole: _Block[np.ndarray]) -> dict[str, np.ndarray]:
-        """The sketches, float32, (T, L, k'), and the seeds of the layers'; -1: a layer has none yet."""
-        if self._sketches is None:
-            return {}
-        seeds = [self._seeds.get(name, -1) for name in self._layer_names]
-        vectors = _unpacked(whole.sums[:, len(RECORDED) :])
-        return {
-            "sketches": vectors.reshape(len(whole), len(seeds), self._sketches),
-            "sketch_seeds": np.array(seeds, np.int64),
-        }
-
-    @classmethod
-    def _from_arrays(cls, data: dict[str, np.ndarray], source: str) -> History:
-        if missing := [name for name in ("format", "steps", "layer_names") if name not in data]:
-            raise ValueError(f"{source} is no history: it lacks {missing[0]!r}")
-        if int(data["format"]) != _FORMAT:
-            raise ValueError(
-                f"{source} is a history of format {int(data['format'])}, this oscopt reads {_FORMAT}"
-            )
-        if missing := [name for name in (*RECORDED, *_HOST) if name not in data]:
-            raise ValueError(f"{source} is damaged: it lacks {missing[0]!r}")
-        count = len(data["steps"])
-        shape = (count, len(data["layer_names"]))
-        for name in (*RECORDED, *_HOST):
-            if data[name].shape != shape:
-                raise ValueError(f"{source} is damaged: {name!r} has shape {data[name].shape}, not {shape}")
-        sketches = None
-        if "sketches" in data:
-            sketches = data["sketches"].shape[-1]
-            if data["sketches"].shape != (*shape, sketches) or data["sketch_seeds"].shape != shape[1:]:
-                raise ValueError(f"{source} is damaged: 'sketches' has shape {data['sketches'].shape}")
-        limit = int(data.get("limit", 32_768))
-        history = cls(None if limit < 0 else limit, sketches)
-        history._layer_names = tuple(str(name) for name in data["layer_names"])
-        if sketches is not None:
-            seeds = zip(history._layer_names, data["sketch_seeds"].tolist(), strict=True)
-            history._seeds = {name: seed for name, seed in seeds if seed >= 0}
-        history._count = int(data.get("count", count))
-        history._drained = int(data.get("drained", -1))
-        history.about = json.loads(str(data.get("about", "{}")))
-        ordinals = np.asarray(data.get("ordinals", np.arange(count)), np.int64)
-        if count:
-            sums = np.stack([data[name] for name in RECORDED], axis=1)
-            if sketches is not None:
-                vectors = torch.from_numpy(np.asarray(data["sketches"], np.float32))
-                sums = np.concatenate([sums, packed(vectors).numpy()], axis=1)
-            rates = {name: np.asarray(data[name]) for name in _HOST}
-            block = _Block(np.asarray(data["steps"], np.int64), ordinals, sums, rates)
-            history._blocks = [block.between(i, i + history._size) for i in range(0, count, history._size)]
-            history._held = count
-        return history
-
-    @classmethod
-    def _from_folder(cls, folder: Path) -> History:
-        parts = [cls.load(path) for path in _files(folder)]
-        if not parts:
-            raise ValueError(f"{os.fspath(folder)!r} is no history: it holds no files of steps")
-        history = parts[-1]
-        blocks: list[_Block[np.ndarray]] = []
-        for part in parts:  # a later file replaces what earlier ones have of its steps and those after
-            if part.layer_names != history.layer_names[: len(part.layer_names)]:
-                raise ValueError(
-                    f"{os.fspath(folder)!r} mixes records of the layers {_some(part.layer_names)} and "
-                    f"{_some(history.layer_names)}"
-                )
-            blocks = [block.where(block.steps < part._blocks[0].steps[0]) for block in blocks]
-            blocks = [block for block in blocks if len(block)] + part._blocks
-        history._blocks, history._held = blocks, sum(map(len, blocks))
-        history._count = int(blocks[-1].ordinals[-1]) + 1
-        return history
+        return cls._of(history_files.parsed({key: np.asarray(v) for key, v in state.items()}, "state"))
 
     def __getstate__(self) -> dict[str, Any]:
-        self._close_block()
-        self._absorb()
+        self._pull()
         return self.__dict__ | {"_folder": None, "_source": None}
 
     # ---- inside ------------------------------------------------------------------------------------------
 
-    def _all_blocks(self) -> list[_Block[np.ndarray]]:
-        self.pull()
-        blocks = list(self._blocks)
-        if self._arriving is not None:
-            blocks.append(self._arriving.on_host())
-        if self._steps:
-            blocks.append(self._open_block().on_host())
-        return blocks
+    def _contents(self, blocks: Sequence[Block]) -> Contents:
+        return Contents(
+            limit=self._limit,
+            sketches=self._sketches,
+            layers=self._layer_names,
+            block=self._joined(blocks),
+            count=self._count,
+            drained=self._drained,
+            about=dict(self.about),
+            seeds=dict(self._seeds),
+        )
 
-    def _history_of(self, blocks: Sequence[_Block[np.ndarray]]) -> History:
-        history = History(limit=None, sketches=self._sketches)
-        history.about = dict(self.about)
-        history._seeds = dict(self._seeds)
-        history._layer_names, history._blocks = self._layer_names, list(blocks)
-        history._held = sum(map(len, blocks))
+    @classmethod
+    def _of(cls, contents: Contents) -> History:
+        history = cls(contents.limit, contents.sketches)
+        history.about, history._seeds = contents.about, contents.seeds
+        history._layer_names, history._count = contents.layers, contents.count
+        history._drained = contents.drained
+        block, size = contents.block, history.block_size
+        history._blocks = [block.between(i, i + size) for i in range(0, len(block), size)]
+        return history
+
+    def _history_of(self, blocks: Sequence[Block]) -> History:
+        """These blocks as a history of its own."""
+        history = self._of(replace(self._contents(()), limit=None, drained=-1))
+        history._blocks = list(blocks)
         history._count = int(blocks[-1].ordinals[-1]) + 1 if blocks else 0
         return history
 
+    def _joined(self, blocks: Sequence[Block]) -> Block:
+        return joined(blocks, height(self._sketches), len(self._layer_names))
+
     def _sum(self, name: str) -> np.ndarray:
-        row, width = RECORDED.index(name), len(self._layer_names)
-        parts = (_widened(block.sums[:, row], width) for block in self._all_blocks())
-        return np.concatenate([np.zeros((0, width)), *parts])
+        return self._column([block.values[:, RECORDED.index(name)] for block in self._held()])
 
     def _rate(self, name: str) -> np.ndarray:
+        return self._column([block.rates[:, RATES.index(name)] for block in self._held()])
+
+    def _column(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         width = len(self._layer_names)
-        parts = (_widened(block.rates[name], width) for block in self._all_blocks())
-        return np.concatenate([np.zeros((0, width)), *parts])
+        return np.concatenate([np.zeros((0, width)), *(widened(part, width) for part in parts)])
 
     def _trailing_mean(self, mu: np.ndarray, window: int) -> np.ndarray:
         if window < 2:
@@ -864,141 +666,3 @@ class History:
         last = np.arange(1, len(mu) + 1)
         with np.errstate(invalid="ignore"):
             return (total[last] - total[first]) / (count[last] - count[first])
-
-
-@dataclass(slots=True)
-class _Block(Generic[Array]):
-    """Consecutive steps of a record.
-
-    Attributes:
-        steps: their numbers, (n,).
-        ordinals: how many steps were recorded before each, (n,).
-        sums: (n, 9, layers); a tensor until :meth:`on_host`, an array from then on.
-        rates: `lr` and `prev_lr`, (n, layers); one row in memory where they do not change.
-        stride: every ordinal is a multiple of it.
-        event: when `sums` has arrived.
-    """
-
-    steps: np.ndarray
-    ordinals: np.ndarray
-    sums: Array
-    rates: dict[str, np.ndarray]
-    stride: int = 1
-    event: torch.cuda.Event | None = None
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def on_host(self) -> _Block[np.ndarray]:
-        if not isinstance(self.sums, Tensor):
-            return self
-        if self.event is not None:
-            self.event.synchronize()
-        return _Block(self.steps, self.ordinals, self.sums.cpu().numpy(), self.rates, self.stride)
-
-    def between(self, first: int, last: int) -> _Block[Array]:
-        rates = {name: rate[first:last] for name, rate in self.rates.items()}
-        part = slice(first, last)
-        return replace(
-            self,
-            steps=self.steps[part],
-            ordinals=self.ordinals[part],
-            sums=self.sums[part],
-            rates=rates,
-        )
-
-    def where(self, chosen: np.ndarray) -> _Block[Array]:
-        """The chosen steps only, without the memory of the others."""
-        if chosen.all():
-            return self
-        rates = {}
-        for name, rate in self.rates.items():
-            constant = len(rate) and rate.strides[0] == 0
-            rates[name] = (
-                np.broadcast_to(rate[0], (chosen.sum(), rate.shape[1])) if constant else rate[chosen]
-            )
-        return replace(
-            self,
-            steps=self.steps[chosen],
-            ordinals=self.ordinals[chosen],
-            sums=self.sums[chosen],
-            rates=rates,
-        )
-
-    def thinned(self, stride: int) -> _Block[Array]:
-        return (
-            self if stride == self.stride else replace(self.where(self.ordinals % stride == 0), stride=stride)
-        )
-
-
-def _joined(blocks: Sequence[_Block[np.ndarray]], width: int) -> _Block[np.ndarray]:
-    """One block of `width` layers."""
-    none = np.zeros(0, np.int64)
-    rows = blocks[0].sums.shape[1] if blocks else len(RECORDED)
-    rates = {}
-    for name in _HOST:
-        parts = [block.rates[name] for block in blocks if len(block)]
-        row = parts[0][:1] if parts else np.zeros((1, width))
-        if all(p.strides[0] == 0 and np.array_equal(p[:1], row, equal_nan=True) for p in parts):
-            rates[name] = np.broadcast_to(_widened(row, width)[0], (sum(map(len, parts)), width))
-        else:
-            rates[name] = np.concatenate([_widened(p, width) for p in parts])
-    return _Block(
-        np.concatenate([none, *(block.steps for block in blocks)]),
-        np.concatenate([none, *(block.ordinals for block in blocks)]),
-        np.concatenate([np.zeros((0, rows, width)), *(_widened(b.sums, width) for b in blocks)]),
-        rates,
-        blocks[0].stride if blocks else 1,
-    )
-
-
-class _Folder:
-    """Files of consecutive steps, each whole or not there.
-
-    Attributes:
-        last: the number of the last step that is to stay, -1: none.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        files = _files(path)
-        self.last = int(History.load(files[-1]).steps[-1]) if files else -1
-        self._next = int(files[-1].stem.split("-")[1]) + 1 if files else 0
-
-    def append(self, history: History) -> None:
-        new = history._history_of(
-            [b for b in (x.where(x.steps > self.last) for x in history._blocks) if len(b)]
-        )
-        if len(new):
-            with atomic.writing(self.path / f"steps-{self._next:08d}.npz") as file:
-                np.savez(file, **new._arrays())
-            self._next, self.last = self._next + 1, int(new.steps[-1])
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("steps-????????.npz"))
-
-
-def packed(vectors: Tensor) -> Tensor:
-    """float32 (..., L, k') as float64 (..., k' / 2, L), two of them in the place of one: a record's row."""
-    pairs = vectors.unflatten(-1, (-1, 2)).transpose(-3, -2).contiguous()
-    return pairs.view(torch.float64).squeeze(-1)
-
-
-def _unpacked(rows: np.ndarray) -> np.ndarray:
-    """What :func:`packed` was given."""
-    pairs = np.ascontiguousarray(rows)[..., None].view(np.float32)
-    return np.moveaxis(pairs, -3, -2).reshape(*rows.shape[:-2], rows.shape[-1], 2 * rows.shape[-2])
-
-
-def _widened(rows: np.ndarray, width: int) -> np.ndarray:
-    """`rows` with NaN for layers that came later, which are the last axis."""
-    missing = width - rows.shape[-1]
-    if not missing:
-        return rows
-    return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)], constant_values=np.nan)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "") if names else "none"

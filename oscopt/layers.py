@@ -43,10 +43,10 @@ def assign(
         mapping = _parameter_to_layer(layers)
         if missing := [name for name in names if name not in mapping]:
             raise ValueError(
-                f"layers gives no layer for {_some(missing)}; add them, or map them to None to leave them out"
+                f"layers gives no layer for {some(missing)}; add them, or map them to None to leave them out"
             )
         if whole and (unknown := [name for name in mapping if name not in set(names)]):
-            raise ValueError(f"layers names parameters that do not exist: {_some(unknown)}")
+            raise ValueError(f"layers names parameters that do not exist: {some(unknown)}")
         assigned = [mapping[name] for name in names]
     elif callable(layers):
         assigned = [layers(name) for name in names]
@@ -78,7 +78,7 @@ def _parameter_to_layer(layers: Mapping) -> dict[str, str | None]:
     return mapping
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     text = ", ".join(map(repr, names[:3]))
     return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
 

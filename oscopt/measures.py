@@ -13,6 +13,7 @@ descent moves by x_t - x_{t-1} = -eta s g_{t-1}:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -48,3 +49,37 @@ def barzilai_borwein(
     along = prev_sq_norm - dot
     with np.errstate(divide="ignore", invalid="ignore"):
         return step_size * prev_sq_norm / along, step_size * along / diff_sq_norm
+
+
+def sketched_correlation(
+    layers: Iterable[tuple[np.ndarray, np.ndarray]],
+    products: Callable[[np.ndarray], np.ndarray],
+    outer: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations of pairs of gradients, and their standard errors, from sketches; see docs/sketch.md.
+
+    Args:
+        layers: for each layer the sketches of n gradients, (n, k'), and their squared norms, (n,).
+        products: pairs up n vectors: their inner products, of any shape.
+        outer: likewise n numbers: their products.
+
+    Returns:
+        Two float64 arrays of that shape, NaN where a norm is 0 or not finite.
+    """
+    dot: float | np.ndarray = 0.0
+    variance: float | np.ndarray = 0.0
+    total: float | np.ndarray = 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for sketches, sq_norm in layers:
+            k = sketches.shape[1]
+            vectors = sketches.astype(np.float64)
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            weight = outer(np.sqrt(sq_norm))
+            cosine = np.clip(products(vectors), -1.0, 1.0)
+            rest = 1 - cosine * cosine
+            # A layer without a gradient adds nothing.
+            dot = dot + np.where(weight == 0, 0.0, weight * cosine * (1 + rest / (2 * k)))
+            variance = variance + np.where(weight == 0, 0.0, (weight * rest) ** 2 / k)
+            total = total + sq_norm
+        norms = outer(np.sqrt(total))
+        return np.clip(dot / norms, -1.0, 1.0), np.sqrt(variance) / norms

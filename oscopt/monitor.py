@@ -14,16 +14,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .distributed import Ranks, bare
-from .engine import KEYS, Engine, Reshaped, check_settings, skipped
+from .clock import Clock, DeviceClock, HostClock, one_device
+from .distributed import bare
 from .history import History
 from .kernels import capturing
 from .layers import Layers, Listing, assign, members
-from .recorder import Recorder, one_device
+from .parameters import Gradients, Listed, Reshaped
+from .previous import KEYS
+from .tracker import GradientTracker, Options, skipped
 from .window import Window
 
 QUANTITIES = ("grad", "update")
 """What can be measured."""
+
+_STATES = {"grad": "state", "update": "update_state"}
+"""What is kept of each is called so in a checkpoint."""
 
 
 class OscMonitor:
@@ -72,7 +77,8 @@ class OscMonitor:
         history: History | None = None,
         update_history: History | None = None,
     ) -> None:
-        check_settings(every, capturable)
+        options = Options(measure, every, copy_gradients, capturable, backend)
+        options.check()
         if measure not in ("exact", "sketch"):
             raise ValueError(f"Invalid measure: {measure!r}; use 'exact' or 'sketch'")
         self.what = (what,) if isinstance(what, str) else tuple(what)
@@ -82,7 +88,7 @@ class OscMonitor:
         held = _held(named_parameters, {p for group in optimizer.param_groups for p in group["params"]})
         for other in _monitors(optimizer):
             shared = [n for n, p in held.items() if any(p is q for q in other._named.values())]
-            alike = measure == other._options["measure"] and set(self.what) & set(other.what)
+            alike = measure == other._options.measure and set(self.what) & set(other.what)
             if shared and alike:
                 raise ValueError(
                     f"the optimizer has a monitor of parameter {shared[0]!r} already; read that one's "
@@ -90,12 +96,7 @@ class OscMonitor:
                 )
         self._named: dict[str, Tensor] = held
         self._layers = dict(zip(held, assign(list(held), layers), strict=True))
-        self._options: dict[str, Any] = {
-            "measure": measure,
-            "every": every,
-            "copy_gradients": copy_gradients,
-            "backend": backend,
-        }
+        self._options = options
         given = {"grad": history, "update": update_history}
         self._optimizer = optimizer
         self._histories = {w: History() if (h := given[w]) is None else h for w in self.what}
@@ -110,22 +111,19 @@ class OscMonitor:
             if quantity == "update" or not plain:
                 record.about["plain"] = False
         self._states: dict[str, dict[Tensor, dict[str, Any]]] = {w: defaultdict(dict) for w in self.what}
-        self._ranks: Ranks | None = None
-        self._step = max(history.next_step for history in self._histories.values())
         self._groups = list(optimizer.param_groups)
-        self._prev_lr = (math.nan,) * len(self._groups)  # of these groups
         self._warned = False
-        self._capturable = capturable
-        self._recorders: dict[str, Recorder] = {}
-        # Of each quantity, whose steps graphs have captured, and what they use, by `id`.
-        self._captured: dict[str, tuple[Engine, dict[int, Any]]] = {}
         self._failed = False  # whether this step cannot be measured
         self._measured: set[str] = set()  # what is, of this step
-        self._list()
-        self._engines = {w: self._new_engine(w) for w in self.what}
-        self._late = False
+        self._late = False  # whether the gradients are measured after the step
         self._before: list[Tensor] | None = None  # the parameters before this step
         self._buffers: list[list[Tensor]] = []  # copies of the parameters, in turn
+        self._trackers: dict[str, GradientTracker] = {}
+        self._list()
+        self._clock = self._new_clock(
+            max(history.next_step for history in self._histories.values()), (math.nan,) * len(self._groups)
+        )
+        self._track()
         self._hooks = [
             optimizer.register_step_pre_hook(_Hook(self, self._before_step, after=False)),
             optimizer.register_step_post_hook(_Hook(self, self._after_step, after=True)),
@@ -136,81 +134,54 @@ class OscMonitor:
     @property
     def correlation(self) -> Tensor:
         """Latest correlation mu of each layer's gradients: float64, shape (L,), on the parameters' device."""
-        return self._engine("grad").correlation()
+        return self._tracker("grad").correlation()
 
     @property
     def global_correlation(self) -> Tensor:
         """Latest correlation of all layers together: float64, 0-dim, on the parameters' device."""
-        return self._engine("grad").global_correlation()
+        return self._tracker("grad").global_correlation()
 
     @property
     def update_correlation(self) -> Tensor:
         """Latest correlation of each layer's updates: float64, shape (L,), on the parameters' device."""
-        return self._engine("update").correlation()
+        return self._tracker("update").correlation()
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """Names of the L layers."""
-        return self._engines[self.what[0]].layer_names
+        return self._trackers[self.what[0]].layer_names
 
     @property
     def history(self) -> History:
         """The record of the gradients so far."""
-        return self._engine("grad").history
+        return self._tracker("grad").history
 
     @property
     def update_history(self) -> History:
         """The record of the updates: the same sums and measures, of x_{t+1} - x_t in place of g_t."""
-        return self._engine("update").history
+        return self._tracker("update").history
 
     @property
     def backend(self) -> str:
         """Name of the backend in use."""
-        return self._engines[self.what[0]].backend
+        return self._trackers[self.what[0]].table.backend
 
     def window(self, h: int = 5, what: str = "grad") -> Window:
         """Keep the gradients, or updates, of the next `h` steps; see :meth:`oscopt.OscGD.window`."""
-        return self._engine(what).open_window(h)
+        return self._tracker(what).open_window(h)
 
     def report(self, path: str | os.PathLike, title: str | None = None) -> None:
         """Write one page of all that is measured; see :meth:`oscopt.History.report`."""
         from .report import write
 
-        write(path, [self._engine(what).history for what in self.what], title)
+        write(path, [self._tracker(what).history for what in self.what], title)
 
-    def _engine(self, what: str) -> Engine:
-        if what not in self._engines:
+    def _tracker(self, what: str) -> GradientTracker:
+        if what not in self._trackers:
             raise AttributeError(f"this monitor measures {self.what} only; make it with what={QUANTITIES}")
-        return self._engines[what]
+        return self._trackers[what]
 
     # ---- measuring ---------------------------------------------------------------------------------------
-
-    def _give_up(self, error: Exception, after: bool) -> None:
-        """A step could not be measured: a row of NaN in its place, one warning."""
-        if any(engine.ranks is not None or capturing(engine.device) for engine in self._engines.values()):
-            raise error
-        if not self._warned:
-            self._warned = True
-            self._count()
-            warnings.warn(
-                f"the monitor could not measure step {self._step} and records NaN, here and where it happens "
-                f"again: {error}",
-                stacklevel=2,
-            )
-        self._before, self._buffers, self._failed = None, [], not after
-        if after:
-            self._record_nothing()
-
-    def _record_nothing(self) -> None:
-        """A row of NaN of what is not measured yet; none where even that fails, as on a disk that is full."""
-        for what, engine in self._engines.items():
-            if what in self._measured:
-                continue
-            with suppress(Exception):
-                if not self._capturable:
-                    engine.history.cut(self._step)
-                engine.lose(self._step, self._lr(), self._prev_lr)
-        self._next_step()
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -223,20 +194,10 @@ class OscMonitor:
             (a for a in args if a is not optimizer and a is not None), None
         )
         self._late = closure is not None or getattr(optimizer, "grad_scale", None) is not None
-        if "grad" in self._engines and not self._late and not skipped(optimizer):
-            self._measure("grad", *self._gradients())
-        if "update" in self._engines and self._engines["update"].wants(self._step):
-            self._renew_if_stale("update")
-            try:
-                params = self._engines["update"].values()
-            except Reshaped:
-                self._renew("update")
-                params = self._engines["update"].values()
-            if not self._buffers:
-                copies = 1 if self._capturable else 2  # the engine has another then
-                self._buffers = [list(map(torch.empty_like, self._listed)) for _ in range(copies)]
-            self._before = [bare(buffer) for buffer in self._buffers[0]]
-            torch._foreach_copy_(self._before, params)
+        if "grad" in self._trackers and not self._late and not skipped(optimizer):
+            self._measure("grad", self._gradients())
+        if "update" in self._trackers and self._trackers["update"].wants():
+            self._copy_parameters(self._trackers["update"])
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -247,26 +208,106 @@ class OscMonitor:
         if self._failed:
             self._record_nothing()
             return
-        if "grad" in self._engines and self._late:
-            self._measure("grad", *self._gradients())
-        if "update" in self._engines:
-            engine = self._engines["update"]
-            wholes: list[Tensor | None] = [None] * len(engine.slots)
-            grads = list(wholes)
-            if change is not None:
-                # x_t - x_{t+1}: both gradients of a pair have the other sign, the sums do not see it.
-                torch._foreach_sub_(change, engine.values())
-                for i, slot in enumerate(engine.slots):
-                    if slot.outer.grad is not None:
-                        wholes[i], grads[i] = self._buffers[0][i], change[i]
-                self._buffers.reverse()
-            self._measure("update", grads, wholes)
-        self._next_step()
+        if "grad" in self._trackers and self._late:
+            self._measure("grad", self._gradients())
+        if "update" in self._trackers:
+            self._measure("update", self._updates(self._trackers["update"], change))
+        self._end_step()
 
-    def _next_step(self) -> None:
-        if not self._capturable:
-            self._step += 1
-            self._prev_lr = self._lr()
+    def _gradients(self) -> Gradients:
+        tracker = self._trackers["grad"]
+        if tracker.untouched:
+            self._rebuild_if_moved("grad")
+        try:
+            found = tracker.gradients()
+        except Reshaped:
+            self._rebuild("grad")
+            found = tracker.gradients()
+        # A look at all parameters costs more than one at their gradients, which are read anyway.
+        if not found.in_place and self._rebuild_if_moved("grad"):
+            found = tracker.gradients()
+        return found
+
+    def _copy_parameters(self, tracker: GradientTracker) -> None:
+        """Keep the parameters as they are before the step."""
+        tracker.check_history()
+        self._rebuild_if_moved("update")
+        try:
+            params = tracker.table.values()
+        except Reshaped:
+            self._rebuild("update")
+            params = tracker.table.values()
+        if not self._buffers:
+            copies = 1 if self._options.capturable else 2  # what is kept of updates is another then
+            self._buffers = [list(map(torch.empty_like, self._listed)) for _ in range(copies)]
+        self._before = [bare(buffer) for buffer in self._buffers[0]]
+        torch._foreach_copy_(self._before, params)
+
+    def _updates(self, tracker: GradientTracker, before: list[Tensor] | None) -> Gradients:
+        """What the step has taken away from the parameters, x_t - x_{t+1}: both of a pair have the other sign
+        then, which the sums do not see. `before`: what :meth:`_copy_parameters` has kept; it is overwritten.
+        """
+        slots = tracker.table.slots
+        original: list[Tensor | None] = [None] * len(slots)
+        local = list(original)
+        if before is not None:
+            torch._foreach_sub_(before, tracker.table.values())
+            for i, slot in enumerate(slots):
+                if slot.outer.grad is not None:
+                    original[i], local[i] = self._buffers[0][i], before[i]
+            self._buffers.reverse()
+        present = [i for i, change in enumerate(local) if change is not None]
+        return Gradients(local, original, present, usual=False)
+
+    def _measure(self, what: str, grads: Gradients) -> None:
+        tracker = self._trackers[what]
+        capture = capturing(tracker.table.device)
+        if capture:
+            tracker.check_capture(grads)
+        self._clock.set_rates(self._rates())
+        tracker.step(grads, None)
+        self._measured.add(what)
+        if capture:
+            tracker.hold_captured(*(buffer for buffers in self._buffers for buffer in buffers))
+
+    def _rates(self) -> list[Any]:
+        """The learning rates of the groups; on the host numbers, NaN where reading one would wait."""
+        on_device = self._clock.on_device
+        rates = [_rate(group, read=not on_device) for group in self._groups]
+        return rates if on_device else [math.nan if isinstance(rate, Tensor) else rate for rate in rates]
+
+    def _end_step(self) -> None:
+        if not self._clock.on_device:
+            self._clock.set_rates(self._rates())  # an optimizer may change its own
+        self._clock.advance()
+
+    # ---- what cannot be measured -------------------------------------------------------------------------
+
+    def _give_up(self, error: Exception, after: bool) -> None:
+        """A step could not be measured: a row of NaN in its place, one warning."""
+        if any(t.ranks is not None or capturing(t.table.device) for t in self._trackers.values()):
+            raise error
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the monitor could not measure step {self._clock.step} and records NaN, here and where it "
+                f"happens again: {error}",
+                stacklevel=2,
+            )
+        self._before, self._buffers, self._failed = None, [], not after
+        if after:
+            self._record_nothing()
+
+    def _record_nothing(self) -> None:
+        """A row of NaN of what is not measured yet; none where even that fails, as on a disk that is full."""
+        self._clock.set_rates(self._rates())
+        for what, tracker in self._trackers.items():
+            if what not in self._measured:
+                with suppress(Exception):
+                    tracker.lose()
+        self._end_step()
+
+    # ---- groups that have been edited, parameters that have moved ----------------------------------------
 
     def _list(self) -> None:
         """Take up which of the named parameters the optimizer holds now, and in which group."""
@@ -275,136 +316,76 @@ class OscMonitor:
         self._held = {name: group_of[p] for name, p in self._named.items() if p in group_of}
         self._listed = [self._named[name] for name in self._held]
 
+    def _listed_for(self, what: str) -> Listed:
+        layers = [self._layers[name] for name in self._held]
+        return Listed(list(self._held), self._listed, list(self._held.values()), layers, self._states[what])
+
+    def _new_clock(self, step: int, rates: Sequence[float]) -> Clock:
+        listed = self._listed_for(self.what[0])
+        shape = (listed.homes, listed.groups, len(listed.layer_names))
+        if not self._options.capturable:
+            return HostClock(*shape, step, rates)
+        return DeviceClock(*shape, step, rates, one_device(self._listed))
+
     def _follow_groups(self) -> None:
-        """Make new engines if the groups have been edited; where that fails, the next step tries it again."""
+        """Go on with the groups as they are now; where that fails, the next step tries it again."""
         groups = self._optimizer.param_groups
-        if self._listing.holds(groups):
+        if self._listing is not None and self._listing.holds(groups):
             self._groups = list(groups)
             return
-        names = ("_groups", "_prev_lr", "_listing", "_held", "_listed", "_engines", "_recorders")
-        before = {name: getattr(self, name) for name in names}
-        self._engines, self._recorders = dict(self._engines), dict(self._recorders)
-        try:
-            self._take_over(groups)
-        except Exception:
-            vars(self).update(before)
-            for what, history in self._histories.items():
-                history.add_layers(self._engines[what].layer_names, edited=True)
-                if what in self._recorders:
-                    history.follow(self._recorders[what].collect)
-            raise
-
-    def _take_over(self, groups: list[dict[str, Any]]) -> None:
-        known = {id(group): rate for group, rate in zip(self._groups, self._prev_lr, strict=False)}
+        step, rates = self._clock.state()
+        known = {id(group): rate for group, rate in zip(self._groups, rates, strict=False)}
+        before = None if self._listing is None else self._held.keys()
         self._groups = list(groups)
-        self._prev_lr = tuple(known.get(id(group), math.nan) for group in groups)
-        before = self._held.keys()
         self._list()
-        edited = self._held.keys() != before
+        listing, self._listing = self._listing, None
+        self._clock = self._new_clock(step, [known.get(id(group), math.nan) for group in groups])
+        self._track(edited=self._held.keys() != before)
+        self._listing = listing
+
+    def _track(self, edited: bool = False, loaded: bool = False) -> None:
+        """Make the trackers, or let them go on with the parameters that are listed now."""
+        ranks = next((tracker.ranks for tracker in self._trackers.values()), None)
         for what in self.what:
-            self._renew(what, edited)
+            if what in self._trackers:
+                self._rebuild(what, edited, loaded)
+                continue
+            tracker = self._trackers[what] = GradientTracker(
+                self._options, self._histories[what], self._listed_for(what), self._clock, ranks=ranks
+            )
+            ranks = tracker.ranks
 
-    def _gradients(self) -> tuple[list[Tensor | None], Sequence[Tensor | None]]:
-        if self._engines["grad"].untouched:
-            self._renew_if_stale("grad")
-        try:
-            found = self._engines["grad"].gradients()
-        except Reshaped:
-            self._renew("grad")
-            found = self._engines["grad"].gradients()
-        # A look at all parameters costs more than one at their gradients, which are read anyway.
-        if not self._engines["grad"].fits and self._renew_if_stale("grad"):
-            found = self._engines["grad"].gradients()
-        return found
-
-    def _renew_if_stale(self, what: str) -> bool:
-        """Make a new engine if parameters have moved."""
-        if not self._engines[what].stale(self._states[what]):
+    def _rebuild_if_moved(self, what: str) -> bool:
+        """Let the tracker go on with parameters that have moved."""
+        if not self._trackers[what].table.moved(self._states[what]):
             return False
-        self._renew(what)
+        self._rebuild(what)
         return True
 
-    def _renew(self, what: str, edited: bool = False) -> None:
-        """Make a new engine, of the parameters as they are now; `edited`: they are other ones."""
-        engine = self._engines[what]
-        engine.drop_spoiled(members((self._layers[name], self._named[name]) for name in self._held))
+    def _rebuild(self, what: str, edited: bool = False, loaded: bool = False) -> None:
+        """Let the tracker go on with the parameters as they are now; `edited`: they are other ones."""
+        tracker, states = self._trackers[what], self._states[what]
+        if not loaded:
+            of_layers = members((self._layers[name], self._named[name]) for name in self._held)
+            tracker.previous.drop_spoiled(of_layers)
         if edited:
-            for p in self._states[what].keys() - set(self._listed):
-                del self._states[what][p]
-        self._engines[what] = self._new_engine(what, edited)
-        self._engines[what].windows = engine.windows
+            for p in states.keys() - set(self._listed):
+                del states[p]
+        tracker.rebuild(self._listed_for(what), self._clock, edited=edited, loaded=loaded)
         self._buffers = []
-
-    def _measure(self, what: str, grads: list[Tensor | None], wholes: Sequence[Tensor | None]) -> None:
-        engine = self._engines[what]
-        if capturing(engine.device):
-            engine.check_capture(grads)
-        lr: tuple[float, ...] = ()
-        if self._capturable:
-            self._recorders[what].set_rates([_rate(group, read=False) for group in self._groups])
-        else:
-            engine.history.cut(self._step)  # a step that failed halfway has left its row
-            lr = self._lr()
-        engine.step(self._step, grads, wholes, None, [0] * len(grads), None, lr, self._prev_lr)
-        self._measured.add(what)
-        if capturing(engine.device):
-            self._captured = {w: kept for w, kept in self._captured.items() if self._engines[w] is kept[0]}
-            kept = self._captured.setdefault(what, (engine, {}))[1]
-            kept.update(engine.in_use() | {id(buffer): buffer for buffer in self._buffers})
-
-    def _lr(self) -> tuple[float, ...]:
-        rates = map(_rate, self._groups)
-        return tuple(math.nan if isinstance(rate, Tensor) else rate for rate in rates)
-
-    def _new_engine(self, what: str, edited: bool = False) -> Engine:
-        layers, groups = [self._layers[name] for name in self._held], list(self._held.values())
-        recorder: Recorder | None = None
-        if self._capturable:
-            self._count()
-            device = one_device(self._listed)
-            known = self._recorders.get(what)
-            if known is None or not known.fits(layers, groups, device):
-                missing = len(self._groups) - len(self._prev_lr)
-                rates = self._prev_lr + (math.nan,) * missing
-                known = Recorder(layers, groups, device, self._histories[what], self._step, rates)
-            recorder = known
-        engine = Engine(
-            names=list(self._held),
-            params=self._listed,
-            groups=groups,
-            layers=layers,
-            edited=edited,
-            states=self._states[what],
-            history=self._histories[what],
-            ranks=self._ranks,
-            recorder=recorder,
-            **self._options,
-        )
-        if recorder is not None:
-            self._recorders[what] = recorder
-        self._ranks = engine.ranks
-        return engine
-
-    def _count(self) -> None:
-        """Take over from the device how many steps there were, if it counts."""
-        if self._recorders:
-            states = [recorder.state() for recorder in self._recorders.values()]
-            self._step, rates = min(states, key=lambda state: state[0])  # some may be a step ahead
-            self._prev_lr = tuple(rates)
 
     # ---- checkpoints, and the end ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The previous gradients and updates and the number of steps: tensors and plain values only."""
-        for engine in self._engines.values():
-            engine.drop_spoiled()
-        self._count()
+        for tracker in self._trackers.values():
+            tracker.previous.drop_spoiled()
+        step, rates = self._clock.state()
         states = {
-            key: {name: dict(self._states[what].get(p, {})) for name, p in self._named.items()}
-            for what, key in (("grad", "state"), ("update", "update_state"))
-            if what in self._states
+            _STATES[what]: {name: dict(self._states[what].get(p, {})) for name, p in self._named.items()}
+            for what in self.what
         }
-        return {"step": self._step, "prev_lr": list(self._prev_lr), **states}
+        return {"step": step, "prev_lr": rates, **states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the histories are cut back to that step.
@@ -412,25 +393,21 @@ class OscMonitor:
         Raises:
             ValueError: it holds other parameters.
         """
-        names = list(self._named)
-        loaded = {what: state_dict.get(key) for what, key in (("grad", "state"), ("update", "update_state"))}
+        loaded = {what: state_dict.get(_STATES[what]) for what in QUANTITIES}
         for states in loaded.values():
-            if states is not None and set(states) != set(names):
-                different = sorted(set(states) ^ set(names))
+            if states is not None and set(states) != set(self._named):
+                different = sorted(set(states) ^ set(self._named))
                 raise ValueError(f"the monitor's state is of other parameters, such as {different[0]!r}")
-        for history in self._histories.values():
+        for what, history in self._histories.items():
             history.cut(state_dict["step"])
-        self._recorders.clear()
-        self._step = state_dict["step"]
-        self._prev_lr = tuple(state_dict.get("prev_lr", self._prev_lr))
-        for what in self.what:
-            states = defaultdict(dict)
+            self._states[what] = defaultdict(dict)
             for name, p in self._named.items():
                 state = (loaded[what] or {}).get(name, {})
                 if state:
-                    states[p].update({key: state[key] for key in KEYS if key in state})
-            self._states[what] = states
-            self._engines[what] = self._new_engine(what)
+                    self._states[what][p].update({key: state[key] for key in KEYS if key in state})
+        rates = state_dict.get("prev_lr", self._clock.state()[1])
+        self._clock = self._new_clock(state_dict["step"], rates)
+        self._track(loaded=True)
 
     def detach(self) -> None:
         """Stop measuring and let go of the gradients and updates; the histories stay."""
@@ -438,8 +415,8 @@ class OscMonitor:
             hook.remove()
         for states in self._states.values():
             states.clear()
-        for engine in self._engines.values():
-            engine.let_go()
+        for tracker in self._trackers.values():
+            tracker.let_go()
         self._buffers = []
 
     def __enter__(self) -> OscMonitor:

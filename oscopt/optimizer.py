@@ -16,23 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from .adapt import Adapter, Policy, resolve
-from .distributed import Ranks, bare
-from .engine import (
-    KEYS,
-    MEASURES,
-    PREVIOUS,
-    SKETCH,
-    Engine,
-    Reshaped,
-    backend_for,
-    check_settings,
-    no_correlation,
-    skipped,
-)
+from .clock import Clock, DeviceClock, HostClock, one_device
+from .distributed import bare
 from .history import History
 from .kernels import capturing
 from .layers import Layers, Listing, assign, follow, members
-from .recorder import Recorder, one_device
+from .parameters import Gradients, Listed, ParameterTable, Reshaped, Slot, Update, backend_for
+from .previous import KEYS, PREVIOUS, SKETCH
+from .tracker import MEASURES, GradientTracker, Options, no_correlation, skipped
 from .window import Window
 
 _ADDED = {
@@ -109,6 +100,7 @@ class OscGD(Optimizer):
     """
 
     _constructing = False  # torch.optim.Optimizer.__init__ calls methods of ours
+    _hyper: tuple[tuple[float, ...], ...] = ()
 
     def __init__(
         self,
@@ -132,28 +124,13 @@ class OscGD(Optimizer):
         backend: str = "auto",
         history: History | None = None,
     ) -> None:
-        check_settings(every, capturable)
+        options = Options(measure, every, bool(copy_gradients), capturable, backend)
+        options.check()
         policy = resolve(adapt)
         if history is not None and not isinstance(history, History):
             raise TypeError(f"history must be an oscopt.History or None, not {type(history).__name__}")
-        if measure not in MEASURES:
-            raise ValueError(f"Invalid measure: {measure!r}; use one of {', '.join(map(repr, MEASURES))}")
-        if policy is not None and measure == "alignment" and getattr(policy, "signal", "") != "momentum":
-            raise ValueError(
-                f"measure='alignment' does not measure what the policy {policy!r} needs; use measure='exact'"
-            )
-        own_momentum = getattr(policy, "momentum", None)
-        if own_momentum is not None and momentum is not None:
-            raise ValueError(
-                f"Invalid momentum: {momentum}; leave it out, as `adapt` has its own, {own_momentum}"
-            )
-        momentum = momentum if momentum is not None else own_momentum or 0.0
-        if lr is None:
-            lr = 1e-3 if own_momentum is None else 1.0
-        elif own_momentum is not None and not isinstance(lr, Tensor) and not lr > 0:
-            raise ValueError(
-                f"Invalid lr: {lr}; the policy of `adapt` has steps of its own, which it multiplies: use 1"
-            )
+        _check_measure(measure, policy)
+        lr, momentum = _own_defaults(policy, lr, momentum)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -168,41 +145,24 @@ class OscGD(Optimizer):
             "prev_lr": math.nan,
         }
         _check(defaults)
-        if differentiable and policy is not None:
-            raise RuntimeError("`differentiable` does not support `adapt`")
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if capturable and differentiable:
-            raise RuntimeError("`capturable` does not support `differentiable`")
+        _check_combination(differentiable, fused, foreach, capturable, policy)
         if fused:
             self._step_supports_amp_scaling = True
         self._layers = layers
         self._constructing = True
         self._names: dict[Tensor, str] = {}  # of the parameters, as they were when last looked at
         self._assigned: dict[str, str | None] = {}  # name -> layer, also of parameters that are gone
-        self._every = every
-        self._measure = measure
-        self._copy_gradients = bool(copy_gradients)
-        self._backend = backend
+        self._options = options
         self._policy = policy
-        self._adapter: Adapter | None = None
-        self._capturable = capturable
-        self._recorder: Recorder | None = None
-        # Whose steps graphs have captured, and what they use, by `id`.
-        self._captured: tuple[Engine | None, dict[int, Any]] = (None, {})
         self._history = History() if history is None else history
-        self._engine: Engine | None = None
-        self._listing: Listing | None = None  # what the engine was made for
-        self._windows: list[Window] = []
-        self._ranks: Ranks | None = None
-        self._hyper: tuple[tuple[float, ...], ...] = ()
+        self._tracker: GradientTracker | None = None
+        self._listing: Listing | None = None  # what it was made for; None: it is to be made anew
+        self._timed: list[dict[str, Any]] = []  # the groups whose learning rates its clock has
         super().__init__(params, defaults)
         if measure == "alignment" and not any(group["momentum"] for group in self.param_groups):
             raise ValueError("measure='alignment' is against the momentum: give one, such as momentum=0.9")
         self._name_all()
-        self._ensure_engine()
+        self._current_tracker()
         self._history.about |= {"optimizer": "OscGD", "quantity": "gradients"}
         if any(group["weight_decay"] for group in self.param_groups):
             self._history.about["plain"] = False  # momentum shows in the record
@@ -212,40 +172,39 @@ class OscGD(Optimizer):
     @property
     def correlation(self) -> Tensor:
         """Latest correlation mu of each layer: float64, shape (L,), on the parameters' device, no waiting."""
-        if self._engine is None:
+        if self._tracker is None:
             return no_correlation(self._device(), len(self.layer_names))
-        return self._engine.correlation()
+        return self._tracker.correlation()
 
     @property
     def global_correlation(self) -> Tensor:
         """Latest correlation of all layers together: float64, 0-dim, on the device, no waiting."""
-        return no_correlation(self._device()) if self._engine is None else self._engine.global_correlation()
+        return no_correlation(self._device()) if self._tracker is None else self._tracker.global_correlation()
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """Names of the L layers, in the order of their first parameters, as of the last step."""
-        if self._engine is not None:
-            return self._engine.layer_names
+        if self._tracker is not None:
+            return self._tracker.layer_names
         return tuple(dict.fromkeys(x for x in map(self._assigned.get, self._names.values()) if x is not None))
 
     @property
     def step_scale(self) -> Tensor:
         """Multiplier of each layer's learning rate in the next step: float64, shape (L,), on the device."""
-        if self._adapter is not None:
-            self._history.settle()
-            return self._adapter.scale.clone()
-        scale = torch.ones(len(self.layer_names), dtype=torch.float64, device=self._device())
-        if self._policy is not None and self.param_groups and len(scale):
-            return self._new_adapter(self._policy, self._device()).scale
-        return scale
+        adapter = None if self._tracker is None else self._tracker.settled_adapter()
+        if adapter is None and self._policy is not None and self.param_groups and self.layer_names:
+            adapter = self._new_adapter(self._policy, self._device())
+        if adapter is not None:
+            return adapter.scale.clone()
+        return torch.ones(len(self.layer_names), dtype=torch.float64, device=self._device())
 
     @property
     def rejected_scales(self) -> Tensor:
         """How many scales of the policy were negative or not finite, and so not used: int64, 0-dim."""
-        if self._adapter is None:
+        adapter = None if self._tracker is None else self._tracker.settled_adapter()
+        if adapter is None:
             return torch.zeros((), dtype=torch.int64, device=self._device())
-        self._history.settle()
-        return self._adapter.rejected.clone()
+        return adapter.rejected.clone()
 
     @property
     def history(self) -> History:
@@ -255,10 +214,11 @@ class OscGD(Optimizer):
     @property
     def backend(self) -> str:
         """Name of the backend in use; joined by "+" where parameters lie on several kinds of devices."""
-        if self._engine is not None:
-            return self._engine.backend
+        if self._tracker is not None:
+            return self._tracker.table.backend
         devices = dict.fromkeys(p.device for p in self._names)
-        return "+".join(dict.fromkeys(backend_for(self._backend, device).NAME for device in devices))
+        names = (backend_for(self._options.backend, device).NAME for device in devices)
+        return "+".join(dict.fromkeys(names))
 
     def window(self, h: int = 5) -> Window:
         """Keep the gradients of the next `h` steps for their pairwise correlations.
@@ -268,7 +228,7 @@ class OscGD(Optimizer):
         Raises:
             ValueError: `h` is less than 2.
         """
-        return self._ensure_engine().open_window(h)
+        return self._current_tracker().open_window(h)
 
     # ---- the step ----------------------------------------------------------------------------------------
 
@@ -318,113 +278,102 @@ class OscGD(Optimizer):
     def _measure_and_update(self) -> None:
         if not self.param_groups:
             return
-        engine = self._ensure_engine()
+        tracker = self._current_tracker()
         try:
-            grads, wholes = engine.gradients()
+            grads = tracker.gradients()
         except Reshaped:
-            self._drop_engine()
-            engine = self._ensure_engine()
-            grads, wholes = engine.gradients()
-        if capturing(engine.device):
-            self._check_capture(engine, grads)
+            tracker = self._rebuilt_tracker()
+            grads = tracker.gradients()
+        capture = capturing(tracker.table.device)
+        if capture:
+            self._check_capture(tracker, grads)
+        update = self._update(tracker, grads)
+        clock, rates = tracker.clock, [group["lr"] for group in self.param_groups]
+        # With a clock on the host rates are numbers, which `hyper` has.
+        clock.set_rates(rates if isinstance(clock, DeviceClock) else [row[0] for row in update.hyper[::2]])
+        if tracker.untouched and _is_no_step(clock, rates, grads):
+            tracker.previous.begin(grads)
+            return
+        differentiable = any(group.get("differentiable") for group in self.param_groups)
+        tracker.step(grads, None if differentiable else update)
+        if differentiable:
+            self._update_differentiably()
+        else:
+            # Kernels write through raw pointers: autograd must learn of it.
+            params = tracker.table.params
+            increment_version(params if grads.usual else [params[i] for i in grads.present])
+        clock.advance()
+        if capture:
+            tracker.hold_captured(*(update.buffers or ()))
+
+    def _update(self, tracker: GradientTracker, grads: Gradients) -> Update:
+        """How this step updates the parameters.
+
+        Raises:
+            ValueError: a momentum buffer has another shape than its parameter, or a group has what the
+                policy cannot have.
+        """
         hyper = []
         for group in self.param_groups:
             self._check_adapted(group)
-            # The recorder has the rate then.
-            lr = 1.0 if self._recorder is not None else _number(group["lr"])
+            lr = 1.0 if tracker.clock.on_device else _number(group["lr"])  # the clock has it there
             momentum, damp = float(group["momentum"]), float(group["dampening"])
             decay, ahead = _number(group["weight_decay"]), momentum if group["nesterov"] else 0.0
             sign = -1.0 if group["maximize"] else 1.0
             hyper.append((lr, momentum, 1.0 - damp, decay, ahead, sign))
             hyper.append((lr, 0.0, 1.0, decay, ahead, sign))  # a momentum buffer's first step
         if tuple(hyper) != self._hyper:
-            self._hyper = tuple(hyper)
+            self._hyper = tuple(hyper)  # the same object while nothing changes: kernels need not look
+        table = tracker.table
         differentiable = any(group.get("differentiable") for group in self.param_groups)
-        bufs, rows = None, engine.rows
-        if any(row[1] for row in hyper) and not differentiable:
-            bufs, rows = self._buffers(engine, grads, grads is wholes, hyper)
-        step = self._step()
-        rates = tuple(row[0] for row in hyper[::2])
-        if self._recorder is not None:
-            rates = tuple(group["lr"] for group in self.param_groups)
-            self._recorder.set_rates(rates)
-        if step == 0 and engine.untouched and not any(map(_may_move, rates)) and _all_zero(grads):
-            # torch.distributed.checkpoint has an optimizer make its state by such a step. It is none.
-            engine.begin(grads, wholes)
-            return
-        before = tuple(group.get("prev_lr", math.nan) for group in self.param_groups)
-        update = None if differentiable else self._hyper
-        engine.step(step, grads, wholes, bufs, rows, update, rates, before)
-        if capturing(engine.device):
-            if self._captured[0] is not engine:  # what was captured before it cannot be replayed any more
-                self._captured = engine, {}
-            # By `id`: capturing the same step again holds nothing more.
-            self._captured[1].update(engine.in_use() | {id(b): b for b in bufs or ()})
-        if differentiable:
-            self._update_differentiably()
-        else:
-            # Kernels write through raw pointers: autograd must learn of it.
-            present = engine.params
-            if grads is not wholes:
-                present = [p for p, g in zip(present, grads, strict=True) if g is not None]
-            increment_version(present)
-        if self._recorder is None:
-            for group, lr in zip(self.param_groups, rates, strict=True):
-                group["step"], group["prev_lr"] = step + 1, lr
+        if differentiable or not any(row[1] for row in hyper):
+            return Update(None, table.rows, self._hyper)
+        if grads.usual and all(row[1] for row in hyper[::2]):
+            buffers = table.states_of("momentum_buffer")
+            if buffers is not None:
+                return Update(buffers, table.rows, self._hyper)
+        return self._begun_update(table, [i for i in grads.present if hyper[table.rows[i]][1]])
 
-    def _buffers(
-        self,
-        engine: Engine,
-        grads: Sequence[Tensor | None],
-        regular: bool,
-        hyper: Sequence[tuple[float, ...]],
-    ) -> tuple[Sequence[Tensor | None], list[int]]:
-        """The momentum buffers, and the rows of `hyper`: in a buffer's first step, the one for that."""
-        if regular and all(row[1] for row in hyper[::2]):
-            everyone = engine.entries("momentum_buffer")
-            if everyone is not None:
-                return everyone, engine.rows
-        used = [i for i, g in enumerate(grads) if g is not None and hyper[engine.rows[i]][1]]
-        for slot in (engine.slots[i] for i in used):
-            buf = slot.state.get("momentum_buffer") if slot.state else None
-            if buf is not None and (bare(buf).shape, bare(buf).device) != (slot.shape, slot.device):
+    def _begun_update(self, table: ParameterTable, used: Sequence[int]) -> Update:
+        """The same where some of the slots `used` have no momentum buffer yet, or one that does not fit."""
+        for slot in (table.slots[i] for i in used):
+            buffer = slot.state.get("momentum_buffer") if slot.state else None
+            if buffer is not None and (bare(buffer).shape, bare(buffer).device) != (slot.shape, slot.device):
                 raise ValueError(
                     f"parameter {slot.name!r} has shape {tuple(slot.outer.shape)} on {slot.device}, its "
-                    f"momentum buffer {tuple(buf.shape)} on {buf.device}; change both, or delete the buffer "
-                    "(optimizer.state[p].pop('momentum_buffer'))"
+                    f"momentum buffer {tuple(buffer.shape)} on {buffer.device}; change both, or delete the "
+                    "buffer (optimizer.state[p].pop('momentum_buffer'))"
                 )
-        bufs: list[Tensor | None] = [None] * len(grads)
-        rows = list(engine.rows)
+        buffers: list[Tensor | None] = [None] * len(table.slots)
+        rows = list(table.rows)
         begun: dict[Tensor, int] = {}  # in which group
         for i in used:
-            slot = engine.slots[i]
-            state = engine.state(slot)
-            buf = state.get("momentum_buffer")
-            if buf is None:
-                buf = state["momentum_buffer"] = torch.zeros_like(slot.outer)
+            slot = table.slots[i]
+            state = table.state(slot)
+            buffer = state.get("momentum_buffer")
+            if buffer is None:
+                buffer = state["momentum_buffer"] = torch.zeros_like(slot.outer)
                 begun[slot.outer] = slot.group
             if begun.get(slot.outer) == slot.group:
                 rows[i] += 1
-            if buf.dtype != slot.outer.dtype or buf.stride() != slot.outer.stride():
-                # Somebody's own: kernels need it like its parameter.
-                buf = state["momentum_buffer"] = torch.empty_like(slot.outer).copy_(buf)
-            bufs[i] = buf if slot.outer is slot.param else bare(buf)
-        return bufs, rows
+            if not _fits(buffer, slot):  # somebody's own: kernels need it like its parameter
+                buffer = state["momentum_buffer"] = torch.empty_like(slot.outer).copy_(buffer)
+            buffers[i] = buffer if slot.outer is slot.param else bare(buffer)
+        return Update(buffers, rows, self._hyper)
 
-    def _check_capture(self, engine: Engine, grads: list[Tensor | None]) -> None:
+    def _check_capture(self, tracker: GradientTracker, grads: Gradients) -> None:
         """Raise where a step could not be captured in a CUDA graph."""
-        engine.check_capture(grads)
+        tracker.check_capture(grads)
+        device = tracker.table.device
         for group in self.param_groups:
-            if isinstance(group["lr"], Tensor) and group["lr"].device != engine.device:
+            if isinstance(group["lr"], Tensor) and group["lr"].device != device:
                 raise RuntimeError(
                     f"lr is a tensor on {group['lr'].device}, which a graph cannot read at every replay; "
-                    f"put it on {engine.device}"
+                    f"put it on {device}"
                 )
-        for slot, g in zip(engine.slots, grads, strict=True):
-            if g is None or not self.param_groups[slot.group]["momentum"]:
-                continue
-            buf = (slot.state or {}).get("momentum_buffer")
-            if buf is None or buf.dtype != slot.outer.dtype or buf.stride() != slot.outer.stride():
+        for slot in (tracker.table.slots[i] for i in grads.present):
+            buffer = (slot.state or {}).get("momentum_buffer")
+            if self.param_groups[slot.group]["momentum"] and not (buffer is not None and _fits(buffer, slot)):
                 raise RuntimeError(
                     f"parameter {slot.name!r} has no momentum buffer yet, and every replay would begin a new "
                     "one; take 3 steps with momentum before capturing"
@@ -466,7 +415,7 @@ class OscGD(Optimizer):
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            group["step"] = self._step()
+            group["step"] = self._step(None if self._constructing else self._tracker)
             _check(group)
             self._check_adapted(group)
             for p in group["params"]:
@@ -489,8 +438,7 @@ class OscGD(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._drop_engine()
-        self._ensure_engine()  # ranks that share parameters meet here, not where one of them reads
+        self._rebuilt_tracker()  # ranks that share parameters meet here, not where one of them reads
 
     def _check_adapted(self, group: Mapping[str, Any]) -> None:
         """Raise where a group cannot have the updates of a policy with a momentum of its own."""
@@ -525,60 +473,44 @@ class OscGD(Optimizer):
                     self.state[p][key] = prev.to(p.device)
         for group in self.param_groups:
             group.setdefault("step", self._history.next_step)
-        self._history.cut(self._step())
-        self._drop_engine()
-        self._adapter = self._recorder = None
-        self._ensure_engine()
+        self._history.cut(self.param_groups[0]["step"] if self.param_groups else 0)
+        self._rebuilt_tracker(loaded=True)
 
-    def _drop_engine(self) -> None:
-        """Another is to be made; what is left of this one is in the parameters' state, and its windows.
+    def _let_go(self, spoiled: bool = True) -> None:
+        """Leave what is kept of parameters that are there in their state, and of others nothing.
 
-        Of parameters that are gone nothing is left.
+        `spoiled`: also drop what whoever goes on from the states could not tell to be wrong.
         """
         names = follow(self.param_groups, self._names)
-        if self._engine is not None:
-            self._engine.drop_spoiled(members((self._layer(name), p) for p, name in names.items()))
-            self._windows, self._engine = self._engine.windows, None
+        if self._tracker is not None and spoiled:
+            of_layers = members((self._layer(name), p) for p, name in names.items())
+            self._tracker.previous.drop_spoiled(of_layers)
         for p in self._names.keys() - names.keys():
             if p in self.state:
                 for key in KEYS:
                     self.state[p].pop(key, None)
                 if not self.state[p]:  # SGD has none, and nothing to save
                     del self.state[p]
+        self._listing = None
 
     def _show_state(self) -> None:
-        """Make the state what it is saved as: only good gradients, and adaptation's in the first group."""
-        if self._constructing:
+        """Make the state what it is saved as: only good gradients, and in the groups what else goes on."""
+        if self._constructing or self._tracker is None:
             return
         if self._listing is None or not self._listing.holds(self.param_groups):
-            self._drop_engine()
-        elif self._engine is not None:
-            self._engine.drop_spoiled()
-        if not self.param_groups:
-            return
-        if self._recorder is not None:
-            step, rates = self._recorder.state()
-            for group, rate in zip(self.param_groups, rates, strict=False):  # one may have just been added
-                group["step"], group["prev_lr"] = step, rate
-        if self._adapter is not None:
-            self._history.settle()
-            self.param_groups[0].update(self._adapter.state())
+            self._let_go()
+        else:
+            self._tracker.previous.drop_spoiled()
+        step, rates = self._timing(self._tracker)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["step"], group["prev_lr"] = step, rate
+        adapter = self._tracker.settled_adapter()
+        if adapter is not None and self.param_groups:
+            self.param_groups[0].update(adapter.state())
 
     def __getstate__(self) -> dict[str, Any]:
         self._show_state()
-        own = {
-            name: getattr(self, name)
-            for name in (
-                "_every",
-                "_measure",
-                "_copy_gradients",
-                "_backend",
-                "_history",
-                "_assigned",
-                "_policy",
-                "_capturable",
-            )
-        }
+        own = {name: getattr(self, name) for name in ("_options", "_history", "_assigned", "_policy")}
         own["_names"] = follow(self.param_groups, self._names)
         own["_layers"] = self._layers if _can_be_pickled(self._layers) else dict(self._assigned)
         return super().__getstate__() | own
@@ -595,26 +527,26 @@ class OscGD(Optimizer):
                 group.setdefault(key, value)
         if any(group["fused"] for group in self.param_groups):
             self._step_supports_amp_scaling = True
-        self._engine, self._ranks, self._hyper = None, getattr(self, "_ranks", None), ()
-        self._adapter, self._recorder, self._windows = None, None, []
-        self._listing, self._captured = None, getattr(self, "_captured", (None, {}))
-        self._capturable = getattr(self, "_capturable", False)  # it came later
-        self._measure = getattr(self, "_measure", "exact")
+        self._listing = None
+        if "_options" in state:  # unpickled or copied; else torch loads a state
+            self._tracker, self._timed = None, []
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-2]}\nbackend: {self.backend}, {len(self.layer_names)} layers\n)"
 
     # ---- inside ------------------------------------------------------------------------------------------
 
-    def _step(self) -> int:
+    def _step(self, tracker: GradientTracker | None) -> int:
         """The number of the next step."""
+        if tracker is not None:
+            return tracker.clock.step
         step = next((group["step"] for group in self.param_groups if "step" in group), None)
         return self._history.next_step if step is None else step  # groups made by hand have none
 
     def _device(self) -> torch.device:
         """Where what users read lies: that of the first parameter."""
-        if self._engine is not None:
-            return self._engine.device
+        if self._tracker is not None:
+            return self._tracker.table.device
         return next((p.device for p in self._names), torch.device("cpu"))
 
     def _name_all(self) -> None:
@@ -640,43 +572,62 @@ class OscGD(Optimizer):
             self._assigned[name] = assign([name], self._layers, whole=False)[0] if asked else name
         return self._assigned[name]
 
-    def _ensure_engine(self) -> Engine:
-        """The engine of the parameters as they are now."""
-        held = self._listing is not None and self._listing.holds(self.param_groups)
-        if self._engine is None or not held or self._engine.stale(self.state):
-            self._drop_engine()
-            self._listing = listing = Listing(self.param_groups)
-            now = follow(self.param_groups, self._names)
-            edited = list(map(id, now)) != list(map(id, self._names))
-            self._names = now
-            names = [self._names[p] for p in listing.params]
-            layers = [self._layer(name) for name in names]
-            if self._capturable:
-                self._recorder = self._new_recorder(listing.params, listing.groups, layers)
-            if self._policy is not None and any(layer is not None for layer in layers):
-                self._adapter = self._new_adapter(self._policy, listing.params[0].device)
-            engine = Engine(
-                names=names,
-                params=listing.params,
-                states=self.state,
-                groups=listing.groups,
-                layers=layers,
-                every=self._every,
-                measure=self._measure,
-                backend=self._backend,
-                history=self._history,
-                ranks=self._ranks,
-                adapter=self._adapter,
-                recorder=self._recorder,
-                edited=edited,
-                copy_gradients=self._copy_gradients,
-            )
-            engine.windows = self._windows
-            self._engine, self._ranks = engine, engine.ranks
-        return self._engine
+    def _timing(self, tracker: GradientTracker | None) -> tuple[int, list[float]]:
+        """The number of the next step, and the groups' learning rates in the last one (NaN: not known)."""
+        if tracker is None:
+            return self._step(None), [group.get("prev_lr", math.nan) for group in self.param_groups]
+        step, rates = tracker.clock.state()
+        known = {id(group): rate for group, rate in zip(self._timed, rates, strict=False)}
+        return step, [known.get(id(group), math.nan) for group in self.param_groups]
 
-    def _new_adapter(self, policy: Policy, device: torch.device) -> Adapter:
-        """What decides on the layers' scales, going on from the state in the first group."""
+    def _current_tracker(self) -> GradientTracker:
+        """The tracker, of the parameters as they are now."""
+        listing = self._listing
+        if (
+            self._tracker is None
+            or listing is None
+            or not listing.holds(self.param_groups)
+            or self._tracker.table.moved(self.state)
+        ):
+            return self._rebuilt_tracker()
+        return self._tracker
+
+    def _rebuilt_tracker(self, loaded: bool = False) -> GradientTracker:
+        """The tracker, made to fit the parameters as they are now; `loaded`: a state has been loaded."""
+        self._let_go(spoiled=not loaded)
+        listing = Listing(self.param_groups)
+        now = follow(self.param_groups, self._names)
+        edited = list(map(id, now)) != list(map(id, self._names))
+        self._names = now
+        names = [now[p] for p in listing.params]
+        layers = [self._layer(name) for name in names]
+        listed = Listed(names, listing.params, listing.groups, layers, self.state)
+        last = None if loaded else self._tracker
+        clock, adapter = self._new_clock(listed, last), None
+        if self._policy is not None and listed.layer_names:
+            adapter = self._new_adapter(self._policy, listing.params[0].device, last)
+        if self._tracker is None:
+            self._tracker = GradientTracker(self._options, self._history, listed, clock, adapter)
+        else:
+            self._tracker.rebuild(listed, clock, adapter, edited, loaded)
+        self._listing, self._timed = listing, list(self.param_groups)
+        return self._tracker
+
+    def _new_clock(self, listed: Listed, last: GradientTracker | None) -> Clock:
+        """The clock of the `last` tracker, if it fits, or one that goes on from it, or from the groups."""
+        shape = (listed.homes, listed.groups, len(listed.layer_names))
+        if not self._options.capturable:
+            return HostClock(*shape, *self._timing(last))
+        device = one_device(listed.params)
+        known = None if last is None else last.clock
+        if isinstance(known, DeviceClock) and known.fits(*shape, device):
+            return known
+        return DeviceClock(*shape, *self._timing(last), device)
+
+    def _new_adapter(
+        self, policy: Policy, device: torch.device, last: GradientTracker | None = None
+    ) -> Adapter:
+        """What decides on the scales, going on from the `last` tracker's, or the state in the first group."""
         adapted: dict[str, bool] = {}
         members: dict[str, dict[Tensor, int]] = {}
         for group in self.param_groups:
@@ -685,21 +636,10 @@ class OscGD(Optimizer):
                 if layer is not None and not is_lazy(p):
                     adapted[layer] = adapted.get(layer, True) and group.get("adapt", True)
                     members.setdefault(layer, {})[p] = p.numel() * (2 if p.is_complex() else 1)
-        state = self.param_groups[0]
-        if self._adapter is not None:
-            self._history.settle()
-            state = dict(self._adapter.state(tuple(adapted)))
+        before = None if last is None else last.settled_adapter()
+        state = self.param_groups[0] if before is None else dict(before.state(tuple(adapted)))
         sizes = [sum(members[layer].values()) for layer in adapted]
-        return Adapter(policy, adapted, sizes, device, state, in_place=self._capturable)
-
-    def _new_recorder(self, params: list[Tensor], groups: list[int], layers: list[str | None]) -> Recorder:
-        """What counts and records on the device; the one there is, if it fits."""
-        device = one_device(params)
-        if self._recorder is not None and self._recorder.fits(layers, groups, device):
-            return self._recorder
-        self._show_state()
-        step, rates = self._step(), [group.get("prev_lr", math.nan) for group in self.param_groups]
-        return Recorder(layers, groups, device, self._history, step, rates)
+        return Adapter(policy, adapted, sizes, device, state, in_place=self._options.capturable)
 
 
 def _can_be_pickled(value: object) -> bool:
@@ -714,13 +654,54 @@ def _number(value: float | Tensor) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
 
 
-def _may_move(lr: float | Tensor) -> bool:
-    """Whether a learning rate is not known to be 0."""
-    return (isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0.0
+def _fits(buffer: Tensor, slot: Slot) -> bool:
+    """Whether kernels can use a momentum buffer as it is."""
+    return buffer.dtype == slot.outer.dtype and buffer.stride() == slot.outer.stride()
 
 
-def _all_zero(grads: list[Tensor | None]) -> bool:
-    return not any(bool(g.any()) for g in grads if g is not None)
+def _is_no_step(clock: Clock, rates: Sequence[float | Tensor], grads: Gradients) -> bool:
+    """Whether it is the step by which torch.distributed.checkpoint has an optimizer make its state."""
+    if any((isinstance(lr, Tensor) and lr.device.type != "cpu") or float(lr) != 0.0 for lr in rates):
+        return False
+    return clock.step == 0 and not any(bool(g.any()) for g in grads.local if g is not None)
+
+
+def _check_measure(measure: str, policy: Policy | None) -> None:
+    if measure not in MEASURES:
+        raise ValueError(f"Invalid measure: {measure!r}; use one of {', '.join(map(repr, MEASURES))}")
+    if policy is not None and measure == "alignment" and getattr(policy, "signal", "") != "momentum":
+        raise ValueError(
+            f"measure='alignment' does not measure what the policy {policy!r} needs; use measure='exact'"
+        )
+
+
+def _own_defaults(
+    policy: Policy | None, lr: float | Tensor | None, momentum: float | None
+) -> tuple[float | Tensor, float]:
+    """Learning rate and momentum, with defaults that depend on the policy."""
+    own = getattr(policy, "momentum", None)
+    if own is None:
+        return 1e-3 if lr is None else lr, momentum or 0.0
+    if momentum is not None:
+        raise ValueError(f"Invalid momentum: {momentum}; leave it out, as `adapt` has its own, {own}")
+    if lr is not None and not isinstance(lr, Tensor) and not lr > 0:
+        raise ValueError(
+            f"Invalid lr: {lr}; the policy of `adapt` has steps of its own, which it multiplies: use 1"
+        )
+    return 1.0 if lr is None else lr, own
+
+
+def _check_combination(
+    differentiable: bool, fused: bool | None, foreach: bool | None, capturable: bool, policy: Policy | None
+) -> None:
+    if differentiable and policy is not None:
+        raise RuntimeError("`differentiable` does not support `adapt`")
+    if fused and differentiable:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if fused and foreach:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if capturable and differentiable:
+        raise RuntimeError("`capturable` does not support `differentiable`")
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from browser import browse, needs_browser
+from helpers import append
 from study_config import CONFIG
 
 from oscopt import History, OscGD
 from oscopt.report import binned
+from oscopt.rows import RECORDED
 from study import figure, report, rules, summary
 from study.experiments import TABLE
 
@@ -29,10 +31,9 @@ def wave(epochs: int, layers: int) -> rules.Record:
     history = History()
     history.add_layers([f"layer{k}.conv" for k in range(layers)])
     for step in range(epochs):
-        row = history.next_row(torch.device("cpu"))
-        row[:] = 1.0
-        row[0] = torch.from_numpy(values[step] if step else np.full(layers, np.nan))
-        history.commit(step, np.full(layers, 0.1), np.full(layers, 0.1))
+        row = np.ones((len(RECORDED), layers))
+        row[0] = values[step] if step else np.nan
+        append(history, step, row)
     loss = np.exp(-np.arange(epochs) / epochs * 5)
     sharpness = np.where(np.arange(epochs) % 100 == 0, 19.0, np.nan)
     return rules.Record(history, loss, loss, loss, sharpness, None)

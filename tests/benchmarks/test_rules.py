@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from helpers import append
 
 from oscopt import History
+from oscopt.rows import RECORDED
 from study import experiments, rules
 from study.errors import UserError
 
@@ -87,10 +88,9 @@ def record(correlations=None, loss=None, layers=None, sizes=None, beside=None) -
     history = History()
     history.add_layers([f"layer{i}" for i in range(values.shape[1])])
     for t, row in enumerate(values):
-        target = history.next_row(torch.device("cpu"))
-        target[:] = torch.tensor(weights)
-        target[0] = torch.tensor(row * weights if t else np.full(len(row), np.nan))
-        history.commit(t, np.ones(values.shape[1]), np.ones(values.shape[1]))
+        target = np.tile(weights, (len(RECORDED), 1))
+        target[0] = row * weights if t else np.nan
+        append(history, t, target, lr=1.0)
     losses = np.asarray(loss if loss is not None else np.linspace(2, 1, len(values)), float)
     return rules.Record(history, losses, beside=beside)
 

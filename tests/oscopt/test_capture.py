@@ -12,7 +12,7 @@ from graph import FakeGraph
 from helpers import BACKENDS, DEVICE, batch, small_net, train
 from torch import nn
 
-from oscopt import History, OscGD, OscMonitor, recorder
+from oscopt import History, OscGD, OscMonitor, device_log
 from oscopt.adapt import CosineStep, SecantStep
 
 pytestmark = pytest.mark.slow
@@ -213,8 +213,8 @@ def test_live_reading_between_replays(monkeypatch):
 
 
 def test_what_was_overwritten_is_missing_and_said(monkeypatch):
-    monkeypatch.setattr(recorder, "LEAST", 4)
-    monkeypatch.setattr(recorder, "MOST", 4)
+    monkeypatch.setattr(device_log, "LEAST", 4)
+    monkeypatch.setattr(device_log, "MOST", 4)
     _, optimizer = warm()
     graph = FakeGraph(monkeypatch)
     with graph.capture():
@@ -227,8 +227,8 @@ def test_what_was_overwritten_is_missing_and_said(monkeypatch):
 
 
 def test_without_a_graph_nothing_is_lost(monkeypatch):
-    monkeypatch.setattr(recorder, "LEAST", 4)
-    monkeypatch.setattr(recorder, "MOST", 4)
+    monkeypatch.setattr(device_log, "LEAST", 4)
+    monkeypatch.setattr(device_log, "MOST", 4)
     net, twin = small_net(), small_net()
     a = OscGD(net.named_parameters(), lr=0.1)
     b = OscGD(twin.named_parameters(), lr=0.1, capturable=True)
@@ -507,23 +507,23 @@ def test_what_a_graph_uses_stays(monkeypatch):
 def test_capturing_anew_holds_nothing_more(monkeypatch):
     """What graphs use is kept for them, once."""
     named, optimizer = warm(momentum=0.9)
-    plans = [plan for plans in optimizer._engine._plans.values() for _, plan in plans]
+    plans = [plan for plans in optimizer._tracker.table.all_plans() for _, plan in plans]
     batches = [batch for plan in plans for _, batch, _ in plan._batches]
     held = []
     for _ in range(12):  # more than there are spare tables
         graph = FakeGraph(monkeypatch)
         with graph.capture():
             optimizer.step()
-        held.append((len(optimizer._captured[1]), *(len(batch._captured) for batch in batches)))
+        held.append((len(optimizer._tracker._captured[1]), *(len(batch._captured) for batch in batches)))
     assert held == held[:1] * 12
     for _, p in named:
         p.grad = p.grad.clone()
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     eager(named, optimizer, gradients(), [0, 1, 2])
-    old = optimizer._captured[0]
+    old = optimizer._tracker._captured[0]
     with FakeGraph(monkeypatch).capture():
         optimizer.step()
-    assert optimizer._captured[0] is not old  # those of the engine before are let go
+    assert optimizer._tracker._captured[0] is not old  # those of the engine before are let go
 
 
 def test_a_policy_that_keeps_what_it_is_shown(monkeypatch):

@@ -8,22 +8,19 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
-from helpers import small_net, train
+from helpers import append, small_net, train
 
 from oscopt import History, OscGD
-from oscopt.history import RECORDED
+from oscopt.rows import RECORDED
 
 ARRAYS = ("steps", *RECORDED, "lr", "prev_lr")
-CPU = torch.device("cpu")
 
 
 def record(history: History, first: int, last: int, layers: int = 2, lr=lambda t: 0.1) -> History:
     """Steps `first` to `last` - 1, whose sums tell their step."""
     history.add_layers([f"layer{i}" for i in range(layers)])
     for t in range(first, last):
-        history.next_row(CPU)[:] = torch.arange(9.0)[:, None] + 10 * t + 0.5 * torch.arange(layers)
-        history.commit(t, np.full(layers, lr(t)), np.full(layers, lr(t - 1)))
+        append(history, t, np.arange(9.0)[:, None] + 10 * t + 0.5 * np.arange(layers), lr(t), lr(t - 1))
     return history
 
 
@@ -133,8 +130,7 @@ def test_streaming_goes_on_after_a_kill(tmp_path):
     first.stream_to(tmp_path)
     checkpoint = first.state_dict()
     for t in range(300, 1_000):  # another future
-        first.next_row(CPU)[:] = -1.0
-        first.commit(t, np.zeros(2), np.zeros(2))
+        append(first, t, -1.0, 0.0)
     second = History.from_state_dict(checkpoint)
     second.stream_to(tmp_path)
     record(second, 300, 1_400)

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import batch, small_net, train
+from helpers import append, batch, small_net, train
 from torch import nn
 
 from oscopt import History, OscGD, OscMonitor, loggers
+from oscopt.rows import RECORDED
 
 pytestmark = pytest.mark.slow
 
@@ -59,9 +60,9 @@ def test_plot_heatmap(plot, steps):
     history = History()
     history.add_layers(["first", "last"])
     for t in range(steps):
-        history.next_row(torch.device("cpu"))[:] = 1.0
-        history.next_row(torch.device("cpu"))[0, 1] = -1.0 if t else math.nan
-        history.commit(t, np.ones(2), np.ones(2))
+        row = np.ones((len(RECORDED), 2))
+        row[0, 1] = -1.0 if t else math.nan
+        append(history, t, row, lr=1.0)
     ax = plot.plot_heatmap(history, window=None)
     image = ax.collections[0].get_array()
     assert image.shape == (2, min(steps, 800)) and (image[0] == 1.0).all() and (image[1, 1:] == -1.0).all()

@@ -10,10 +10,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, batch, exact_correlations, gradients, small_net, train
+from helpers import BACKENDS, DEVICE, append, batch, exact_correlations, gradients, small_net, train
 from torch import nn
 
 from oscopt import History, OscGD
+from oscopt.rows import RECORDED
 
 
 def recorded_run(backend: str, steps: int, set_to_none=True, **options):
@@ -121,24 +122,24 @@ def test_usual_gradients_are_told_at_once(memory_format):
         optimizer.zero_grad()
         net(torch.randn(5, 3, 8, 8, device=DEVICE).to(memory_format=memory_format)).square().sum().backward()
         optimizer.step()
-        grads, wholes = optimizer._engine.gradients()
-        assert grads is wholes
-    assert optimizer._engine.entries("momentum_buffer") is not None
+        assert optimizer._tracker.gradients().usual
+    assert optimizer._tracker.table.states_of("momentum_buffer") is not None
     p = net[0].weight
     whole = p.grad
     for unusual in (None, whole.clone().requires_grad_(), torch._neg_view(-whole), nn.Parameter(whole)):
         p.grad = unusual
-        grads, wholes = optimizer._engine.gradients()
-        assert grads is not wholes
-        assert grads[0] is None or (torch.equal(grads[0], whole) and not grads[0].requires_grad)
+        found = optimizer._tracker.gradients()
+        assert not found.usual
+        grad = found.local[0]
+        assert grad is None or (torch.equal(grad, whole) and not grad.requires_grad)
 
 
 def test_a_torch_without_guards(monkeypatch):
     """Then each gradient is looked at: the same run."""
     net, optimizer, _ = recorded_run("auto", 4)
-    monkeypatch.setattr("oscopt.engine._guards", lambda params: None)
+    monkeypatch.setattr("oscopt.parameters._guards", lambda params: None)
     other, slower, _ = recorded_run("auto", 4)
-    assert slower._engine.entries("momentum_buffer") is None
+    assert slower._tracker.table.states_of("momentum_buffer") is None
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
     np.testing.assert_array_equal(slower.history.correlation(), optimizer.history.correlation())
 
@@ -262,11 +263,10 @@ def filled_history(steps: int, layers: int = 2) -> History:
     history.add_layers([f"layer{i}" for i in range(layers)])
     generator = torch.Generator().manual_seed(0)
     for t in range(steps):
-        row = history.next_row(torch.device("cpu"))
-        row.copy_(torch.rand(row.shape, generator=generator, dtype=torch.float64))
+        row = torch.rand((len(RECORDED), layers), generator=generator, dtype=torch.float64).numpy()
         if t == 0:
-            row[0] = torch.nan
-        history.commit(t, np.full(layers, 0.1), np.full(layers, 0.1))
+            row[0] = np.nan
+        append(history, t, row)
     return history
 
 

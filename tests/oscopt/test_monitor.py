@@ -446,7 +446,7 @@ def test_failure_before_or_after_the_step(monkeypatch, fails, capturable):
     params, named = pieces()
     optimizer = torch.optim.AdamW(params, lr=0.1)
     monitor = OscMonitor(optimizer, named, ("grad", "update"), capturable=capturable)
-    fail_in(monkeypatch, monitor._engines[fails], "step", {2})
+    fail_in(monkeypatch, monitor._trackers[fails], "step", {2})
     steps(optimizer, params, 2)
     with pytest.warns(UserWarning, match="could not measure step 2 .*: no space left"):
         steps(optimizer, params, 1)
@@ -468,7 +468,7 @@ def test_record_that_cannot_be_written(monkeypatch):
     params, named = pieces()
     optimizer = torch.optim.SGD(params, lr=0.1)
     monitor = OscMonitor(optimizer, named)
-    fail_in(monkeypatch, monitor.history, "next_row", {2, 3})  # for what is measured, then for NaN
+    fail_in(monkeypatch, monitor._trackers["grad"].log, "open", {2, 3})  # for what is measured, then for NaN
     steps(optimizer, params, 2)
     with pytest.warns(UserWarning, match="could not measure step 2 .*: no space left"):
         steps(optimizer, params, 1)

@@ -13,8 +13,8 @@ from helpers import BACKENDS, DEVICE
 from torch import nn
 
 from oscopt import History, OscGD, OscMonitor
-from oscopt.engine import SEED, SKETCH
 from oscopt.kernels.sketch import kept_size
+from oscopt.previous import SEED, SKETCH
 
 FAST = "torch"  # what follows does not depend on the backend, and nothing has to be compiled
 STEPS = 5

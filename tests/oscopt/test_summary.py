@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import Quadratic
+from helpers import Quadratic, append
 from torch import nn
 
 from oscopt import History, OscGD, OscMonitor
 from oscopt.kernels import SUMS
+from oscopt.rows import RECORDED
 from oscopt.summary import step_curvature
 from study.sharpness import top_eigenvalue
 
@@ -22,7 +23,7 @@ def record(mu: np.ndarray, sq_norm: np.ndarray | float = 1.0, scale: np.ndarray 
     history = History()
     history.add_layers([f"layer{i}" for i in range(mu.shape[1])])
     for step in range(len(mu)):
-        row = history.next_row(torch.device("cpu"))
+        row = np.empty((len(RECORDED), mu.shape[1]))
         before = norms[step - 1] if step else np.full(mu.shape[1], np.nan)
         dot = mu[step] * np.sqrt(norms[step] * before)
         nothing = np.full(mu.shape[1], np.nan)
@@ -34,10 +35,11 @@ def record(mu: np.ndarray, sq_norm: np.ndarray | float = 1.0, scale: np.ndarray 
             "alignment": nothing,
             "momentum_sq_norm": nothing,
         }
-        row[: len(SUMS)] = torch.from_numpy(np.stack([sums[name] for name in SUMS]))
-        row[-2] = torch.from_numpy(scales[step].copy())
-        row[-1] = torch.from_numpy(scales[max(step - 1, 0)].copy())
-        history.commit(step, np.full(mu.shape[1], 0.1), np.full(mu.shape[1], 0.1))
+        row[: len(SUMS)] = [sums[name] for name in SUMS]
+        row[-3:] = 0.0
+        row[-2] = scales[step]
+        row[-1] = scales[max(step - 1, 0)]
+        append(history, step, row)
     return history
 
 

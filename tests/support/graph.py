@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from oscopt import kernels, monitor, optimizer, recorder
+from oscopt import device_log, kernels, monitor, optimizer, tracker
 from oscopt.kernels import triton_backend, triton_sketch
 
 
@@ -33,7 +33,7 @@ class FakeGraph:
     def capture(self):
         """Everything in here is captured. Unlike in a real graph it also runs: a capture is a step."""
         with self._patch.context() as patch:
-            for module in (kernels, monitor, optimizer, recorder, triton_backend):
+            for module in (device_log, kernels, monitor, optimizer, tracker, triton_backend):
                 patch.setattr(module, "capturing", lambda device: True)
             for module in (triton_backend, triton_sketch):
                 for name in [name for name in vars(module) if name.endswith("_kernel")]:

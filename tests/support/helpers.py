@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
+
+from oscopt import History
+from oscopt.rows import RECORDED, Rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton") if DEVICE == "cuda" else ("torch", "numba", "triton")
@@ -72,3 +76,12 @@ def exact_correlations(seen: list[list[torch.Tensor]], members: list[int]) -> li
     """mu of a layer at each step but the first, in float64."""
     joined = [torch.cat([step[i].flatten() for i in members]) for step in seen]
     return [(b @ a / (a.norm() * b.norm())).item() for a, b in zip(joined, joined[1:], strict=False)]
+
+
+def append(
+    history: History, step: int, values: np.ndarray | float, lr: float = 0.1, prev_lr: float | None = None
+) -> None:
+    """One step more in a record, as a device log would bring it: `values` are broadcast to (9, L)."""
+    layers = len(history.layer_names)
+    rates = np.full((1, 2, layers), [[lr], [lr if prev_lr is None else prev_lr]])
+    history.extend(Rows(np.array([step]), np.broadcast_to(values, (1, len(RECORDED), layers)), rates))

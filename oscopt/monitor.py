@@ -120,10 +120,9 @@ class OscMonitor:
         self._buffers: list[list[Tensor]] = []  # copies of the parameters, in turn
         self._trackers: dict[str, GradientTracker] = {}
         self._list()
-        self._clock = self._new_clock(
-            max(history.next_step for history in self._histories.values()), (math.nan,) * len(self._groups)
-        )
-        self._track()
+        step = max(history.next_step for history in self._histories.values())
+        self._clock = self._new_clock(step, (math.nan,) * len(self._groups))
+        self._track(self._clock)
         self._hooks = [
             optimizer.register_step_pre_hook(_Hook(self, self._before_step, after=False)),
             optimizer.register_step_post_hook(_Hook(self, self._after_step, after=True)),
@@ -264,7 +263,7 @@ class OscMonitor:
         capture = capturing(tracker.table.device)
         if capture:
             tracker.check_capture(grads)
-        self._clock.set_rates(self._rates())
+        tracker.clock.set_rates(self._rates())
         tracker.step(grads, None)
         self._measured.add(what)
         if capture:
@@ -277,9 +276,11 @@ class OscMonitor:
         return rates if on_device else [math.nan if isinstance(rate, Tensor) else rate for rate in rates]
 
     def _end_step(self) -> None:
-        if not self._clock.on_device:
-            self._clock.set_rates(self._rates())  # an optimizer may change its own
-        self._clock.advance()
+        # There is one, unless an edit of the groups could not be followed by all trackers.
+        for clock in {id(tracker.clock): tracker.clock for tracker in self._trackers.values()}.values():
+            if not clock.on_device:
+                clock.set_rates(self._rates())  # an optimizer may change its own
+            clock.advance()
 
     # ---- what cannot be measured -------------------------------------------------------------------------
 
@@ -300,9 +301,9 @@ class OscMonitor:
 
     def _record_nothing(self) -> None:
         """A row of NaN of what is not measured yet; none where even that fails, as on a disk that is full."""
-        self._clock.set_rates(self._rates())
         for what, tracker in self._trackers.items():
             if what not in self._measured:
+                tracker.clock.set_rates(self._rates())
                 with suppress(Exception):
                     tracker.lose()
         self._end_step()
@@ -339,19 +340,19 @@ class OscMonitor:
         self._groups = list(groups)
         self._list()
         listing, self._listing = self._listing, None
-        self._clock = self._new_clock(step, [known.get(id(group), math.nan) for group in groups])
-        self._track(edited=self._held.keys() != before)
-        self._listing = listing
+        clock = self._new_clock(step, [known.get(id(group), math.nan) for group in groups])
+        self._track(clock, edited=self._held.keys() != before)
+        self._clock, self._listing = clock, listing
 
-    def _track(self, edited: bool = False, loaded: bool = False) -> None:
-        """Make the trackers, or let them go on with the parameters that are listed now."""
+    def _track(self, clock: Clock, edited: bool = False, loaded: bool = False) -> None:
+        """Make the trackers, or let them go on with the parameters that are listed now, by `clock`."""
         ranks = next((tracker.ranks for tracker in self._trackers.values()), None)
         for what in self.what:
             if what in self._trackers:
-                self._rebuild(what, edited, loaded)
+                self._rebuild(what, clock, edited, loaded)
                 continue
             tracker = self._trackers[what] = GradientTracker(
-                self._options, self._histories[what], self._listed_for(what), self._clock, ranks=ranks
+                self._options, self._histories[what], self._listed_for(what), clock, ranks=ranks
             )
             ranks = tracker.ranks
 
@@ -362,7 +363,9 @@ class OscMonitor:
         self._rebuild(what)
         return True
 
-    def _rebuild(self, what: str, edited: bool = False, loaded: bool = False) -> None:
+    def _rebuild(
+        self, what: str, clock: Clock | None = None, edited: bool = False, loaded: bool = False
+    ) -> None:
         """Let the tracker go on with the parameters as they are now; `edited`: they are other ones."""
         tracker, states = self._trackers[what], self._states[what]
         if not loaded:
@@ -371,7 +374,7 @@ class OscMonitor:
         if edited:
             for p in states.keys() - set(self._listed):
                 del states[p]
-        tracker.rebuild(self._listed_for(what), self._clock, edited=edited, loaded=loaded)
+        tracker.rebuild(self._listed_for(what), clock or self._clock, edited=edited, loaded=loaded)
         self._buffers = []
 
     # ---- checkpoints, and the end ------------------------------------------------------------------------
@@ -407,7 +410,7 @@ class OscMonitor:
                     self._states[what][p].update({key: state[key] for key in KEYS if key in state})
         rates = state_dict.get("prev_lr", self._clock.state()[1])
         self._clock = self._new_clock(state_dict["step"], rates)
-        self._track(loaded=True)
+        self._track(self._clock, loaded=True)
 
     def detach(self) -> None:
         """Stop measuring and let go of the gradients and updates; the histories stay."""

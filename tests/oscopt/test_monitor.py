@@ -487,7 +487,7 @@ def test_edit_that_cannot_be_followed_at_once(monkeypatch, what, capturable):
     steps(optimizer, params, 2)
     del optimizer.param_groups[0]
     tries = 1 if isinstance(what, str) else 2  # the last quantity's
-    fail_in(monkeypatch, monitor, "_new_engine", {tries - 1})
+    fail_in(monkeypatch, monitor, "_rebuild", {tries - 1})
     with pytest.warns(UserWarning, match="could not measure step 2 .*: no space left"):
         steps(optimizer, params, 1)
     steps(optimizer, params, 2)

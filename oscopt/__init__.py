@@ -3,7 +3,8 @@
 from .history import History
 from .monitor import OscMonitor
 from .optimizer import OscGD
+from .reference import OscGDReference
 from .window import Window
 
 __version__ = "0.1.0"
-__all__ = ["History", "OscGD", "OscMonitor", "Window", "__version__"]
+__all__ = ["History", "OscGD", "OscGDReference", "OscMonitor", "Window", "__version__"]

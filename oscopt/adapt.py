@@ -322,30 +322,45 @@ def resolve(adapt: str | Policy | None) -> Policy | None:
         return POLICIES[adapt]()
     if not callable(adapt) or isinstance(adapt, type):
         raise TypeError(f"adapt must be a name, a policy object or None, not {adapt!r}")
-    if (bounds := getattr(adapt, "bounds", None)) is not None and not 0 < bounds[0] < bounds[1]:
-        raise ValueError(
-            f"Invalid bounds: {bounds}; give two positive scales, the smaller one first, or None"
-        )
-    if (lag := getattr(adapt, "lag", 1)) not in (0, 1):
-        raise ValueError(f"Invalid lag: {lag!r}; use 1 (the next step) or 0 (this step)")
-    if (granularity := getattr(adapt, "granularity", "layer")) not in ("layer", "global"):
-        raise ValueError(f"Invalid granularity: {granularity!r}; use 'layer' or 'global'")
-    momentum = getattr(adapt, "momentum", None)
-    if momentum is not None and not (isinstance(momentum, int | float) and 0 < momentum < 1):
-        raise ValueError(
-            f"Invalid momentum: {momentum!r} of the policy; use a number between 0 and 1, or None"
-        )
-    if momentum is not None and lag == 0:
+    for name, default, makes_sense, remedy in _ATTRIBUTES:
+        value = _start(adapt, 1) if name == "start" else getattr(adapt, name, default)
+        if not makes_sense(value):
+            raise ValueError(f"Invalid {name}: {value!r} of the policy; {remedy}")
+    if getattr(adapt, "momentum", None) is not None and getattr(adapt, "lag", 1) == 0:
         raise ValueError("Invalid lag: 0 of a policy with momentum; use 1 (the next step)")
-    if (signal := getattr(adapt, "signal", "gradient")) not in ("gradient", "momentum"):
-        raise ValueError(f"Invalid signal: {signal!r}; use 'gradient' or 'momentum'")
-    start = _start(adapt, 1)
-    if not (isinstance(start, int | float) and 0 < start < math.inf):
-        raise ValueError(f"Invalid start: {start!r}; use a scale that is positive and finite")
-    warmup = getattr(adapt, "warmup", 0)
-    if not (isinstance(warmup, int) and warmup >= 0):
-        raise ValueError(f"Invalid warmup: {warmup!r}; use a number of steps, 0 or more")
     return adapt
+
+
+_ATTRIBUTES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+    (
+        "bounds",
+        None,
+        lambda bounds: bounds is None or 0 < bounds[0] < bounds[1],
+        "give two positive scales, the smaller one first, or None",
+    ),
+    ("lag", 1, lambda lag: lag in (0, 1), "use 1 (the next step) or 0 (this step)"),
+    ("granularity", "layer", lambda name: name in ("layer", "global"), "use 'layer' or 'global'"),
+    (
+        "momentum",
+        None,
+        lambda value: value is None or (isinstance(value, int | float) and 0 < value < 1),
+        "use a number between 0 and 1, or None",
+    ),
+    ("signal", "gradient", lambda name: name in ("gradient", "momentum"), "use 'gradient' or 'momentum'"),
+    (
+        "start",
+        1.0,
+        lambda value: isinstance(value, int | float) and 0 < value < math.inf,
+        "use a scale that is positive and finite",
+    ),
+    (
+        "warmup",
+        0,
+        lambda steps: isinstance(steps, int) and steps >= 0,
+        "use a number of steps, 0 or more",
+    ),
+)
+"""What a policy may have: name, default, what makes sense, and what to do about what does not."""
 
 
 def _start(policy: Policy, layers: int) -> float:

@@ -143,13 +143,13 @@ class DeviceClock:
             of_layer[home].append(group)
         options: _Options = {"dtype": torch.float64, "device": device}
         self._layer_groups = columns(of_layer[:num_layers]).to(device)
-        self._group_at = torch.tensor([group for _, group in places]).to(device)
-        self._layer_at = torch.tensor([home for home, _ in places]).to(device)
+        self._group_at = torch.tensor([group for _, group in places], dtype=torch.int64, device=device)
+        self._layer_at = torch.tensor([home for home, _ in places], dtype=torch.int64, device=device)
         self._one = torch.ones(1, **options)
         self._unbounded = torch.full((1,), math.inf, **options)
-        self._rates = torch.tensor(list(rates), dtype=torch.float64).to(device)
+        self._rates = torch.tensor(list(rates), **options)
         self._before = self._rates.clone()
-        self.count = torch.tensor(step).to(device)
+        self.count = torch.tensor(step, device=device)
         """The number of this step: int64, 0-dim."""
 
     def fits(
@@ -216,4 +216,4 @@ def columns(lists: Sequence[Sequence[int]], filler: int | None = None) -> Tensor
     """Each list as a column, int64; the rest of it is `filler`, or the list's first entry again."""
     most = max(map(len, lists), default=1)
     rows = [[*x, *[x[0] if filler is None else filler] * (most - len(x))] for x in lists]
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(lists), most).T
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(lists), most).T

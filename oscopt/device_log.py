@@ -87,26 +87,26 @@ class DeviceLog:
 
     def take(self) -> list[Rows]:
         """The steps that have not been taken yet; waits for the device."""
-        found, new = self._arrived(), self._new()
-        if new is not None:
-            values = new.values.cpu() if isinstance(new.values, Tensor) else new.values
-            found.append(new._replace(values=values.numpy()))
+        found, first = self._arrived(), self._taken
+        self.settle()
+        if self._block is not None and first < len(self._steps):
             self._taken = len(self._steps)
+            found.append(self._rows(self._block[first : self._taken].cpu(), first))
         return found
 
     def send(self) -> list[Rows]:
         """Let a full block go; what has been sent before and not been taken yet."""
-        found, new = self._arrived(), self._new()
-        if new is not None:
-            event = None
-            values: Tensor = new.values
+        found, first = self._arrived(), self._taken
+        self.settle()
+        if self._block is not None and first < len(self._steps):
+            values, event = self._block[first : len(self._steps)], None
             if values.is_cuda:
                 host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
                 host.copy_(values, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(values.device))
                 values = host
-            self._sent = new._replace(values=values.cpu()), event
+            self._sent = self._rows(values.cpu(), first), event
         self._block, self._steps, self._rates, self._taken = None, [], [], 0
         return found
 
@@ -116,16 +116,11 @@ class DeviceLog:
         (rows, event), self._sent = self._sent, None
         if event is not None:
             event.synchronize()
-        return [rows._replace(values=rows.values.numpy())]
+        return [rows]
 
-    def _new(self) -> Rows | None:
-        """The rows of the block that have not been taken, as they lie there."""
-        self.settle()
-        first, last = self._taken, len(self._steps)
-        if first == last or self._block is None:
-            return None
-        steps = np.array(self._steps[first:last], np.int64)
-        return Rows(steps, self._block[first:last], np.array(self._rates[first:last]))
+    def _rows(self, values: Tensor, first: int) -> Rows:
+        """With the rows from number `first` of the block on, which lie in `values` on the host."""
+        return Rows(np.array(self._steps[first:], np.int64), values.numpy(), np.array(self._rates[first:]))
 
 
 class GraphLog:

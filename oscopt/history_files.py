@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def parsed(data: Mapping[str, np.ndarray], source: str) -> Contents:
     if missing := [name for name in (*RECORDED, *RATES) if name not in data]:
         raise ValueError(f"{source} is damaged: it lacks {missing[0]!r}")
     count, layers = len(data["steps"]), tuple(str(name) for name in data["layer_names"])
-    shapes = dict.fromkeys((*RECORDED, *RATES), (count, len(layers)))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys((*RECORDED, *RATES), (count, len(layers)))
     sketches = data["sketches"].shape[-1] if "sketches" in data else None
     if sketches is not None:
         shapes |= {"sketches": (count, len(layers), sketches), "sketch_seeds": (len(layers),)}
@@ -119,7 +119,7 @@ def write(path: str | os.PathLike, contents: Contents, compress: bool = True) ->
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    save = np.savez_compressed if compress else np.savez
+    save: Callable[..., None] = np.savez_compressed if compress else np.savez
     with atomic.writing(path) as file:
         save(file, **contents.arrays(), **contents.texts())
 

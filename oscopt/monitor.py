@@ -88,7 +88,7 @@ class OscMonitor:
         held = _held(named_parameters, {p for group in optimizer.param_groups for p in group["params"]})
         for other in _monitors(optimizer):
             shared = [n for n, p in held.items() if any(p is q for q in other._named.values())]
-            alike = measure == other._options.measure and set(self.what) & set(other.what)
+            alike = measure == other.options.measure and set(self.what) & set(other.what)
             if shared and alike:
                 raise ValueError(
                     f"the optimizer has a monitor of parameter {shared[0]!r} already; read that one's "
@@ -96,7 +96,7 @@ class OscMonitor:
                 )
         self._named: dict[str, Tensor] = held
         self._layers = dict(zip(held, assign(list(held), layers), strict=True))
-        self._options = options
+        self.options: Options = options
         given = {"grad": history, "update": update_history}
         self._optimizer = optimizer
         self._histories = {w: History() if (h := given[w]) is None else h for w in self.what}
@@ -119,7 +119,8 @@ class OscMonitor:
         self._before: list[Tensor] | None = None  # the parameters before this step
         self._buffers: list[list[Tensor]] = []  # copies of the parameters, in turn
         self._trackers: dict[str, GradientTracker] = {}
-        self._list()
+        self._listing: Listing | None = self._list(self._groups)
+        """Of the groups that the trackers follow; None: they failed to."""
         step = max(history.next_step for history in self._histories.values())
         self._clock = self._new_clock(step, (math.nan,) * len(self._groups))
         self._track(self._clock)
@@ -237,7 +238,7 @@ class OscMonitor:
             self._rebuild("update")
             params = tracker.table.values()
         if not self._buffers:
-            copies = 1 if self._options.capturable else 2  # what is kept of updates is another then
+            copies = 1 if self.options.capturable else 2  # what is kept of updates is another then
             self._buffers = [list(map(torch.empty_like, self._listed)) for _ in range(copies)]
         self._before = [bare(buffer) for buffer in self._buffers[0]]
         torch._foreach_copy_(self._before, params)
@@ -310,12 +311,13 @@ class OscMonitor:
 
     # ---- groups that have been edited, parameters that have moved ----------------------------------------
 
-    def _list(self) -> None:
+    def _list(self, groups: list[dict[str, Any]]) -> Listing:
         """Take up which of the named parameters the optimizer holds now, and in which group."""
-        self._listing = Listing(self._groups)
-        group_of = dict(zip(self._listing.params, self._listing.groups, strict=True))
+        listing = Listing(groups)
+        group_of = dict(zip(listing.params, listing.groups, strict=True))
         self._held = {name: group_of[p] for name, p in self._named.items() if p in group_of}
         self._listed = [self._named[name] for name in self._held]
+        return listing
 
     def _listed_for(self, what: str) -> Listed:
         layers = [self._layers[name] for name in self._held]
@@ -324,7 +326,7 @@ class OscMonitor:
     def _new_clock(self, step: int, rates: Sequence[float]) -> Clock:
         listed = self._listed_for(self.what[0])
         shape = (listed.homes, listed.groups, len(listed.layer_names))
-        if not self._options.capturable:
+        if not self.options.capturable:
             return HostClock(*shape, step, rates)
         return DeviceClock(*shape, step, rates, one_device(self._listed))
 
@@ -337,12 +339,10 @@ class OscMonitor:
         step, rates = self._clock.state()
         known = {id(group): rate for group, rate in zip(self._groups, rates, strict=False)}
         before = None if self._listing is None else self._held.keys()
-        self._groups = list(groups)
-        self._list()
-        listing, self._listing = self._listing, None
+        listing, self._listing = self._list(groups), None
         clock = self._new_clock(step, [known.get(id(group), math.nan) for group in groups])
         self._track(clock, edited=self._held.keys() != before)
-        self._clock, self._listing = clock, listing
+        self._groups, self._clock, self._listing = list(groups), clock, listing
 
     def _track(self, clock: Clock, edited: bool = False, loaded: bool = False) -> None:
         """Make the trackers, or let them go on with the parameters that are listed now, by `clock`."""
@@ -352,7 +352,7 @@ class OscMonitor:
                 self._rebuild(what, clock, edited, loaded)
                 continue
             tracker = self._trackers[what] = GradientTracker(
-                self._options, self._histories[what], self._listed_for(what), clock, ranks=ranks
+                self.options, self._histories[what], self._listed_for(what), clock, ranks=ranks
             )
             ranks = tracker.ranks
 

@@ -55,7 +55,7 @@ class Replayed:
         for i, home in enumerate(homes):
             members[home].append(i)  # -1: behind the last
         self._members = columns(members[:num_layers], len(homes)).to(device)  # filled up with nobody
-        self._known = torch.tensor([True] * len(homes) + [False]).to(device)
+        self._known = torch.tensor([True] * len(homes) + [False], device=device)
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self.copies: dict[int, Tensor] = {}
 
@@ -100,7 +100,7 @@ class Replayed:
 
     def _mask(self, parameters: Sequence[int]) -> Tensor:
         among = set(parameters)
-        return torch.tensor([i in among for i in range(len(self._known))]).to(self._known.device)
+        return torch.tensor([i in among for i in range(len(self._known))], device=self._known.device)
 
 
 class Previous:

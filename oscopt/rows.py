@@ -126,7 +126,7 @@ class OpenBlock:
         """What it holds, in no more memory than that takes."""
         block = self.so_far()
         if self.room:
-            block = Block(*(part.copy() for part in (block.steps, block.ordinals, block.values, block.rates)))
+            block = Block(block.steps.copy(), block.ordinals.copy(), block.values.copy(), block.rates.copy())
         return replace(block, rates=_once(block.rates))
 
 

@@ -7,8 +7,7 @@ import torch
 from helpers import DEVICE, small_net, train
 from torch import nn
 
-from oscopt import OscGD, engine
-from oscopt import optimizer as optimizer_module
+from oscopt import OscGD, parameters, tracker
 
 READ = {
     "correlation": lambda o: o.correlation,
@@ -32,11 +31,11 @@ def test_nothing_is_built_by_reading(what, adapt, monkeypatch):
     optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(3, device=DEVICE)))
 
     def built(*args, **kwargs):
-        raise AssertionError("reading has built an engine")
+        raise AssertionError("reading has built a table")
 
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer_module, "Engine", built)
-        patch.setattr(engine.Ranks, "__init__", built)
+        patch.setattr(parameters.ParameterTable, "__init__", built)
+        patch.setattr(tracker.Ranks, "__init__", built)
         READ[what](optimizer)
     train(net, optimizer, 2)
     assert len(optimizer.history) == 4

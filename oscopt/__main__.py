@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "report":
             from .report import write
 
-            write(given.out, histories, given.title or given.path.resolve().stem)
+            write(given.out, histories, given.title)
             print(given.out)
         else:
             for history in histories:

@@ -20,15 +20,13 @@ import numpy as np
 
 from . import atomic, plot
 from .history import History
+from .plot import COLUMNS, MAP_COLOURS, binned, stretches
 from .summary import Row, Summary, cells, step_curvature, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-MAP_COLOURS = ("#0b2559", "#3a6cb4", "#aaaaaa", "#f3b673", "#fff6dd")
-"""Of the correlations -1, -1/2, 0, 1/2, 1: each lighter than the one before."""
 LINE_COLOURS = ("#1f4e79", "#d1495b", "#6a994e", "#8d6a9f")
 """Of lines; a page in the dark has lighter ones, see page.css."""
 STYLE = {
@@ -41,12 +39,12 @@ STYLE = {
 }
 """Of matplotlib's figures."""
 _WINDOW = 5  # iterations of a windowed mean, as in the paper
-_COLUMNS = 600  # of a heat map; longer runs are averaged over stretches of equal length
 _CELLS = 1_200_000  # of a heat map: 1.6 MB
 _POINTS = 1000  # of a line; longer runs are drawn as the least and greatest value of so many stretches
 _ROWS = 2000  # of the table
 _PATH, _LONG = re.compile(r' d="[^"]*"'), re.compile(r"-?\d+\.\d{3,}")
 _SVG, _COLOUR = re.compile(r"<svg.*?</svg>", re.DOTALL), re.compile(r"(?<=: )#[0-9a-f]{6}\b")
+_Panel = tuple[str, Callable[["Axes"], None]]  # a caption, and what draws below it
 _THEMED = {
     "#000000": "currentColor",
     "#ffffff": "var(--paper)",
@@ -115,64 +113,76 @@ def _sections(history: History) -> Iterator[str]:
 
 
 def _panels(history: History) -> Iterator[tuple[str, str]]:
-    steps = history.steps
+    """Caption and SVG of each quantity of all layers together that follows from the record."""
+    for quantity in (_correlations, _curvatures, _alignments, _step_sizes):
+        if (found := quantity(history)) is not None:
+            caption, draw = found
+            yield caption, panel(draw)
+
+
+def _correlations(history: History) -> _Panel | None:
+    mu = history.global_correlation(_WINDOW)
     what = history.about.get("quantity", "gradients")
+    caption = f"Correlation of adjacent {what}, mean in a window of {_WINDOW} steps"
+    return caption, lambda axis: _cosines(axis, history.steps, mu, "correlation")
 
-    def correlations(axis: Axes) -> None:
-        line(axis, steps, history.global_correlation(_WINDOW), color=LINE_COLOURS[0], lw=1.1)
-        axis.axhline(0, color=LINE_COLOURS[3], lw=0.8, ls=":")
-        axis.set(ylim=(-1.08, 1.08), ylabel="correlation")
 
-    yield f"Correlation of adjacent {what}, mean in a window of {_WINDOW} steps", panel(correlations)
-
+def _curvatures(history: History) -> _Panel | None:
     along = step_curvature(history)[1]
-    if np.isfinite(along).any():
+    known = along[np.isfinite(along)]
+    if not len(known):
+        return None
 
-        def curvature(axis: Axes) -> None:
-            line(axis, steps, along, color=LINE_COLOURS[0], lw=0.9)
-            axis.axhline(2, color=LINE_COLOURS[1], lw=1, ls=(0, (6, 3)))
-            known = along[np.isfinite(along)]
-            top = max(3.0, 1.1 * float(np.quantile(known, 0.99)))
-            axis.set(ylim=(min(-0.05 * top, 1.1 * float(np.quantile(known, 0.01))), top))
-            axis.set(ylabel="step times curvature")
+    def draw(axis: Axes) -> None:
+        line(axis, history.steps, along, color=LINE_COLOURS[0], lw=0.9)
+        axis.axhline(2, color=LINE_COLOURS[1], lw=1, ls=(0, (6, 3)))
+        low, high = np.quantile(known, (0.01, 0.99))
+        top = max(3.0, 1.1 * float(high))
+        axis.set(ylim=(min(-0.05 * top, 1.1 * float(low)), top), ylabel="step times curvature")
 
-        yield "Step times the curvature along it; dashed: 2, the edge of stability", panel(curvature)
+    return "Step times the curvature along it; dashed: 2, the edge of stability", draw
 
+
+def _alignments(history: History) -> _Panel | None:
     alignment = history.global_alignment_correlation(_WINDOW)
-    if np.isfinite(alignment).any():
+    if not np.isfinite(alignment).any():
+        return None
+    caption = f"Alignment of the gradient with the momentum, mean of {_WINDOW - 1} steps"
+    return caption, lambda axis: _cosines(axis, history.steps, alignment, "cosine")
 
-        def aligned(axis: Axes) -> None:
-            line(axis, steps, alignment, color=LINE_COLOURS[0], lw=1.1)
-            axis.axhline(0, color=LINE_COLOURS[3], lw=0.8, ls=":")
-            axis.set(ylim=(-1.08, 1.08), ylabel="cosine")
 
-        yield f"Alignment of the gradient with the momentum, mean of {_WINDOW - 1} steps", panel(aligned)
-
+def _step_sizes(history: History) -> _Panel | None:
     sizes = history.lr * history.step_scale
     sizes = np.where(sizes > 0, sizes, np.nan)
-    if np.isfinite(sizes).any() and np.nanmin(sizes) < np.nanmax(sizes):
-        adapted = bool((history.step_scale != 1).any())
+    shown = np.isfinite(sizes).any(1)
+    if not shown.any() or np.nanmin(sizes) == np.nanmax(sizes):
+        return None
+    adapted = bool((history.step_scale != 1).any())
+    levels = np.nanquantile(sizes[shown], (0.5, 0, 1), axis=1)
+    if alike := bool((levels[1] == levels[2]).all()):
+        levels = levels[:1]
 
-        def step_sizes(axis: Axes) -> None:
-            shown = np.isfinite(sizes).any(1)
-            levels = np.nanquantile(sizes[shown], (0, 0.5, 1), axis=1)
-            labels = ("smallest", "median", "largest") if sizes.shape[1] > 1 else ("", None, "")
-            for i, (level, label) in enumerate(zip(levels, labels, strict=True)):
-                if label != "":
-                    style = {"ls": ("--", "-", ":")[i], "color": LINE_COLOURS[(1, 0, 2)[i]]}
-                    line(axis, steps[shown], level, label=label, lw=1.1, **style)
-            axis.set(yscale="log", ylabel="step size")
-            if sizes.shape[1] > 1:
-                axis.legend(frameon=False, fontsize=8)
+    def draw(axis: Axes) -> None:
+        for i, level in enumerate(levels):
+            style = {"label": ("median", "smallest", "largest")[i], "ls": ("-", "--", ":")[i]}
+            line(axis, history.steps[shown], level, color=LINE_COLOURS[i], lw=1.1, **style)
+        axis.set(yscale="log", ylabel="step size" if adapted else "learning rate")
+        if not alike:
+            axis.legend(frameon=False, fontsize=8.5)
 
-        caption = "Step sizes of the layers (log)" if adapted else "Learning rate (log)"
-        yield caption, panel(step_sizes)
+    return "Step sizes of the layers (log)" if adapted else "Learning rate (log)", draw
+
+
+def _cosines(axis: Axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
+    """A line from -1 to 1."""
+    line(axis, steps, values, color=LINE_COLOURS[0], lw=1.1)
+    axis.axhline(0, color=LINE_COLOURS[3], lw=0.8, ls=":")
+    axis.set(ylim=(-1.08, 1.08), ylabel=label)
 
 
 def _recurrences(history: History) -> Iterator[tuple[str, str]]:
     def recurrence(axis: Axes) -> None:
         plot.plot_recurrence(history, ax=axis)
-        axis.images[0].set_cmap(colour_map())
         axis.set_title("")
 
     def lags(axis: Axes) -> None:
@@ -182,8 +192,8 @@ def _recurrences(history: History) -> Iterator[tuple[str, str]]:
             band.set_color(LINE_COLOURS[0])
         axis.set_title("")
 
-    yield "Correlation of every pair of steps, all layers together", panel(recurrence, height=4.2)
-    yield "Correlation with the step so many steps before: median and quartiles", panel(lags, height=4.2)
+    yield "Correlation of every pair of steps, all layers together", panel(recurrence, height=3.5)
+    yield "Correlation with the step so many steps before: median and quartiles", panel(lags, height=3.5)
 
 
 def summary_table(summary: Summary) -> str:
@@ -198,6 +208,7 @@ def summary_table(summary: Summary) -> str:
     lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in header)}</tr>"]
     for row in (summary.overall, *rows):
         name, *numbers, hint = map(escaped, cells(row))
+        name = re.sub(r"([._])", r"\1<wbr>", name)  # where a long one may be broken
         middle = "".join(
             f'<td class="number" data-label="{label}">{value.replace("-", "−")}</td>'
             for label, value in zip(header[1:-1], numbers, strict=True)
@@ -208,7 +219,7 @@ def summary_table(summary: Summary) -> str:
 
 def _quantity(history: History) -> str:
     what, optimizer = history.about.get("quantity", "gradients"), history.about.get("optimizer")
-    return what if optimizer is None else f"{what} of {optimizer}"
+    return what if optimizer is None else f"{optimizer}'s {what}"
 
 
 def _sentence(text: str) -> str:
@@ -256,9 +267,9 @@ def heat_map(
         at: numbers of the T rows, ascending. Default: 0, 1, ...
         unit: what these numbers count.
     """
-    most = max(1, min(_COLUMNS, _CELLS // max(1, len(names))))
+    most = max(1, min(COLUMNS, _CELLS // max(1, len(names))))
     numbers = np.arange(len(values)) if at is None else at
-    edges = np.ceil(_edges(numbers, most)).astype(int)
+    edges = np.ceil(stretches(numbers, most)).astype(int)
     shown = binned(values, most, numbers).T
     bytes_ = np.where(np.isfinite(shown), np.round(np.nan_to_num(shown) * 100), -128).astype(np.int8)
     content = {
@@ -270,40 +281,20 @@ def heat_map(
         "colours": [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in MAP_COLOURS],
     }
     scale = f"linear-gradient(to right, {', '.join(MAP_COLOURS)})"
+    first, final, last = escaped(names[0]), escaped(names[-1]), edges[-1] - 1
+    ticks = (
+        numbers[0] + (last - numbers[0]) * np.arange(5) // 4 if last - numbers[0] >= 4 else (numbers[0], last)
+    )
     return (
         f'<div class="heat" data-map="{escaped(json.dumps(content, separators=(",", ":")))}">'
-        f'<div class="axis"><span>{escaped(names[0])} (first layer) above</span>'
+        f'<div class="axis"><span class="ends">{first} (first layer) above</span>'
         f'<span class="key">−1 <span class="scale" style="background: {scale}"></span> +1</span></div>'
-        f'<canvas tabindex="0" role="img" '
-        f'aria-label="{escaped(what)} of {count(len(names), "layer")}"></canvas><output></output>'
-        f'<div class="axis"><span>{unit} {numbers[0]}</span>'
-        f"<span>{escaped(names[-1])} (last layer) below</span>"
-        f"<span>{numbers[-1]}</span></div></div>"
+        f'<div class="rows" aria-hidden="true"></div><div class="cells"><canvas tabindex="0" role="img" '
+        f'aria-label="{escaped(what)} of {count(len(names), "layer")}"></canvas><output></output></div>'
+        f'<div class="axis ticks">{ticks}</div>'
+        f'<div class="axis"><span class="ends">{final} (last layer) below</span><span>{unit}</span></div>'
+        f"</div>"
     )
-
-
-def binned(values: np.ndarray, most: int = _COLUMNS, at: np.ndarray | None = None) -> np.ndarray:
-    """Rows (T, L) averaged over equal stretches so that at most `most` are left; NaN where nothing is known.
-
-    Args:
-        at: numbers of the rows, ascending, of which stretches are made. Default: 0, 1, ...
-    """
-    if at is None:
-        if len(values) <= most:
-            return values
-        at = np.arange(len(values))
-    rows = np.searchsorted(at, _edges(at, most))
-    known = np.isfinite(values)
-    total = np.add.reduceat(np.where(known, values, 0.0), rows[:-1])
-    count = np.add.reduceat(known.astype(int), rows[:-1])
-    count[rows[:-1] == rows[1:]] = 0  # a stretch without a row, of a record that was thinned
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(count > 0, total / count, np.nan)
-
-
-def _edges(at: np.ndarray, most: int) -> np.ndarray:
-    """Of at most `most` equally long stretches of the numbers `at`."""
-    return np.linspace(at[0], at[-1] + 1, min(len(at), most) + 1)
 
 
 def line(axis: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
@@ -319,13 +310,13 @@ def line(axis: Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
     axis.plot(x, y, **style)
 
 
-def panel(draw: Callable[[Axes], None], height: float = 2.7) -> str:
+def panel(draw: Callable[[Axes], None], height: float = 2.4) -> str:
     """The SVG of one small figure over steps."""
     matplotlib = _matplotlib()
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.9, height), layout="constrained")
+        figure = Figure(figsize=(4.1, height), layout="constrained")
         axis = figure.subplots()
         draw(axis)
         if not axis.get_xlabel():
@@ -352,14 +343,6 @@ def themed(drawn: str) -> str:
 
 def _rounded(path: re.Match) -> str:
     return _LONG.sub(lambda number: f"{float(number[0]):.2f}", path[0])
-
-
-def colour_map() -> Colormap:
-    """Of correlations, for matplotlib."""
-    _matplotlib()
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("correlation", MAP_COLOURS)
 
 
 def _matplotlib() -> Any:

@@ -7,6 +7,7 @@ descent at known multiples of 2 / sharpness (tests/oscopt/test_summary.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -29,19 +30,23 @@ SELDOM_NEGATIVE = 0.1
 """The share up to which gradients agree, ..."""
 AGREES, SMOOTH = 0.3, 0.9
 """... and the median correlations from which on they do, and training is smooth. Between `OSCILLATES`
-and `AGREES` they hardly agree: noise if all layers together do so too, else a mixture of both."""
+and `AGREES` they hardly agree: noise if that is true of all layers together, otherwise a mixture of both."""
+IN_PHASES = 1 / 3
+"""A correlation that changes sign less often than this, relative to independent signs, comes in phases: it
+is not noise, even if its median is near 0."""
 GROWS = 1.1
 """Median growth of the gradient's norm in a step that makes oscillation a divergence. At the edge of
 stability it grows more slowly, until the curvature gives way."""
 FULL_BATCH = 0.98
-"""A headroom is told from this median correlation on: below, noise would pass for curvature."""
+"""A headroom is given from this median correlation on: below, noise would pass for curvature. Updates that
+momentum has averaged are called smooth from here on: those of noise correlate by the momentum, 0.9 or so."""
 AMPLE = 20.0
-"""A larger headroom is not told as a number: the steps did not meet the curvature that limits the rate."""
+"""A larger headroom is not given as a number: the steps did not meet the curvature that limits the rate."""
 
 _STATES = {
     "diverges": "diverging",
     "edge": "oscillating",
-    "mixed": "between",
+    "mixed": "mixed",
     "noise": "in noise",
     "agrees": "agreeing",
     "smooth": "smooth",
@@ -92,7 +97,7 @@ class Summary:
 
     @property
     def tally(self) -> str:
-        """How many layers are in which state, the first few of those that oscillate by name."""
+        """How many layers are in which state; the first few of those that oscillate by name."""
         states = [row.state for row in self.layers]
         parts = []
         for state, text in _STATES.items():
@@ -142,27 +147,24 @@ def summarise(history: History, last: int = 500) -> Summary:
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = sizes / np.nansum(sizes, axis=1, keepdims=True)
     along, along_all = step_curvature(recent)
-    remedies = _remedies(recent)
     room, room_all = _headroom(history)
-
-    whole = recent.global_correlation()
-    lost = _lost(history)
-    noisy = OSCILLATES < _median(whole) < AGREES
+    run = _Run.of(recent, _lost(history))
 
     def row(
         name: str, mu: np.ndarray, norms: np.ndarray, along: np.ndarray, room: float, share: float
     ) -> Row:
-        known = mu[np.isfinite(mu)]
-        state, hint = _judged(known, norms, room, remedies, recent.about.get("quantity"), noisy, lost)
+        evidence = _Evidence(mu[np.isfinite(mu)], norms, room, run)
+        state = _state(evidence)
+        hint = _HINTS[state](evidence)
         return Row(
             layer=name,
-            steps=len(known),
-            correlation=_median(known),
-            negative=float((known < 0).mean()) if len(known) else math.nan,
+            steps=len(evidence.mu),
+            correlation=evidence.median,
+            negative=evidence.negative,
             step_curvature=_median(along),
             share=share,
             state=state,
-            hint=hint,
+            hint=hint + run.advice if (name, state) == (ALL, "noise") else hint,
         )
 
     mu = recent.correlation()
@@ -171,7 +173,7 @@ def summarise(history: History, last: int = 500) -> Summary:
         for i, name in enumerate(recent.layer_names)
     )
     share = 1.0 if layers else math.nan
-    overall = row(ALL, whole, sq_norm.sum(1), along_all, room_all, share)
+    overall = row(ALL, recent.global_correlation(), sq_norm.sum(1), along_all, room_all, share)
     steps = recent.steps
     first, final = (int(steps[0]), int(steps[-1])) if len(steps) else (-1, -1)
     return Summary(first, final, overall, layers)
@@ -204,57 +206,147 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _judged(
-    mu: np.ndarray,
-    sq_norm: np.ndarray,
-    headroom: float,
-    remedies: str,
-    quantity: str | None,
-    noisy: bool,
-    lost: int | None,
-) -> tuple[str, str]:
-    """A state and what to tell of it.
+@dataclass(frozen=True)
+class _Run:
+    """What the hints of all layers depend on.
 
-    Args:
-        mu: correlations, none of them NaN.
-        noisy: whether all layers together hardly agree: noise is in all layers, or it is none.
+    Attributes:
+        what: "gradients" or "updates".
+        plain: whether every step was along the gradient: no momentum, no other optimizer.
+        noisy: whether the gradients of all layers together hardly agree: noise is in all layers or in none.
         lost: the last step with a finite gradient in any layer, if later ones have none.
+        remedies: what helps against oscillation.
     """
-    if lost is not None:
-        return "diverges", f"diverged: no finite {quantity or 'gradients'} after step {lost}: {remedies}"
-    count, what = len(mu), "updates" if quantity == "updates" else "gradients"
-    if count < MIN_STEPS:
-        return "unknown", f"not enough steps: {count} pairs are known, {MIN_STEPS} are needed"
-    median, negative = float(np.median(mu)), float((mu < 0).mean())
-    if median <= OSCILLATES and negative >= OFTEN_NEGATIVE:
-        share = f"in {100 * negative:.0f} % of the last {count} steps"
+
+    what: str
+    plain: bool
+    noisy: bool
+    lost: int | None
+    remedies: str
+
+    @classmethod
+    def of(cls, recent: History, lost: int | None) -> _Run:
+        what = "updates" if recent.about.get("quantity") == "updates" else "gradients"
+        mu = recent.global_correlation()
+        known = mu[np.isfinite(mu)]
+        noisy = what == "gradients" and OSCILLATES < _median(known) < AGREES and not _in_phases(known)
+        plain = recent.about.get("plain", True) and not np.isfinite(recent.momentum_sq_norm).any()
+        return cls(what, plain, noisy, lost, _remedies(recent))
+
+    @property
+    def advice(self) -> str:
+        """Against noise; plain updates are the gradients' multiples and show nothing else."""
+        return "; a larger batch shows more" if self.plain else "; look at update correlations"
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What is known of a layer.
+
+    Attributes:
+        mu: its known correlations.
+        sq_norm: its squared norms at all steps.
+        headroom: see :func:`_headroom`.
+    """
+
+    mu: np.ndarray
+    sq_norm: np.ndarray
+    headroom: float
+    run: _Run
+
+    @property
+    def median(self) -> float:
+        return _median(self.mu)
+
+    @property
+    def negative(self) -> float:
+        return float((self.mu < 0).mean()) if len(self.mu) else math.nan
+
+    @property
+    def growth(self) -> float:
+        """Of the norm in the median step."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            growth = np.sqrt(sq_norm[1:] / sq_norm[:-1])
-        if _median(growth) > GROWS:
-            return "diverges", f"diverges: {what} turn round {share} and grow: {remedies}"
-        if what == "updates":
-            return "edge", f"adjacent updates undo each other {share}: {remedies}"
-        return "edge", f"oscillates at the edge of stability {share}: {remedies}"
-    if median >= AGREES and negative > SELDOM_NEGATIVE:
-        return (
-            "mixed",
-            f"{what} turn round in {100 * negative:.0f} % of the last {count} steps and agree in most",
-        )
-    if median >= SMOOTH:
-        reason = f"smooth: mu > {math.floor(100 * median) / 100:.2f}" if median < 1 else "smooth: mu = 1"
-        if what == "updates" or not math.isfinite(headroom) or median < FULL_BATCH:
-            return "smooth", reason
-        if headroom < 1.5:
-            return "smooth", f"{reason}: earlier steps met the edge at about this rate"
-        if headroom > AMPLE:
-            return "smooth", f"{reason}: the rate can grow: the edge is not in sight"
-        return "smooth", f"{reason}: the rate can grow about {headroom:.2g}x before the edge"
-    if median >= AGREES:
-        return "agrees", f"adjacent {what} agree (mu {median:+.2f}) without oscillating"
-    hardly = f"adjacent {what} hardly agree (mu {median:+.2f})"
-    if what == "updates" or not noisy or median <= OSCILLATES:
-        return "mixed", f"{hardly}: neither smooth nor oscillating"
-    return "noise", f"noise, if these are mini-batches: {hardly}; look at update correlations"
+            return _median(np.sqrt(self.sq_norm[1:] / self.sq_norm[:-1]))
+
+    @property
+    def often(self) -> str:
+        return f"in {100 * self.negative:.0f} % of the last {len(self.mu)} steps"
+
+
+def _state(known: _Evidence) -> str:
+    """A key of `_STATES`."""
+    if known.run.lost is not None:
+        return "diverges"
+    if len(known.mu) < MIN_STEPS:
+        return "unknown"
+    if known.median <= OSCILLATES and known.negative >= OFTEN_NEGATIVE:
+        return "diverges" if known.growth > GROWS else "edge"
+    if known.median >= AGREES and known.negative <= SELDOM_NEGATIVE:
+        averaged = known.run.what == "updates" and not known.run.plain
+        return "smooth" if known.median >= (FULL_BATCH if averaged else SMOOTH) else "agrees"
+    hardly = OSCILLATES < known.median < AGREES
+    return "noise" if hardly and known.run.noisy and not _in_phases(known.mu) else "mixed"
+
+
+def _in_phases(mu: np.ndarray) -> bool:
+    """Whether `mu` (none of them NaN) changes sign much less often than independent values would."""
+    if len(mu) < MIN_STEPS:
+        return False
+    negative = mu < 0
+    changes, share = (negative[1:] != negative[:-1]).mean(), negative.mean()
+    return bool(changes < IN_PHASES * 2 * share * (1 - share))
+
+
+def _diverges(known: _Evidence) -> str:
+    run = known.run
+    if run.lost is not None:
+        return f"diverged: no finite {run.what} after step {run.lost}: {run.remedies}"
+    return f"diverges: {run.what} reverse {known.often} and grow: {run.remedies}"
+
+
+def _edge(known: _Evidence) -> str:
+    if known.run.what == "updates":
+        return f"adjacent updates undo each other {known.often}: {known.run.remedies}"
+    return f"oscillates at the edge of stability {known.often}: {known.run.remedies}"
+
+
+def _smooth(known: _Evidence) -> str:
+    median, room = known.median, known.headroom
+    reason = f"smooth: mu > {math.floor(100 * median) / 100:.2f}" if median < 1 else "smooth: mu = 1"
+    if known.run.what == "updates" or not math.isfinite(room) or median < FULL_BATCH:
+        return reason
+    if room < 1.5:
+        return f"{reason}: earlier steps met the edge at about this rate"
+    if room > AMPLE:
+        return f"{reason}: the rate can grow: the edge is not in sight"
+    return f"{reason}: the rate can grow about {room:.2g}x before the edge"
+
+
+def _agrees(known: _Evidence) -> str:
+    if known.run.what == "updates" and not known.run.plain:
+        return f"adjacent updates agree, as a momentum of {known.median:.2f} makes them even in pure noise"
+    return f"adjacent {known.run.what} agree without oscillating"
+
+
+def _mixed(known: _Evidence) -> str:
+    what = known.run.what
+    if _in_phases(known.mu):
+        ending = "and still at the end" if _median(known.mu[-5:]) < 0 else "but no longer at the end"
+        return f"in phases: {what} reverse {known.often}, {ending}"
+    if known.median >= AGREES:
+        return f"{what} reverse {known.often} and agree in most"
+    return f"adjacent {what} hardly agree: neither smooth nor oscillating"
+
+
+_HINTS: dict[str, Callable[[_Evidence], str]] = {
+    "diverges": _diverges,
+    "edge": _edge,
+    "mixed": _mixed,
+    "noise": lambda known: "noise, if these are mini-batches: adjacent gradients hardly agree",
+    "agrees": _agrees,
+    "smooth": _smooth,
+    "unknown": lambda known: f"not enough steps: {len(known.mu)} pairs are known, {MIN_STEPS} are needed",
+}
 
 
 def _headroom(history: History) -> tuple[np.ndarray, float]:

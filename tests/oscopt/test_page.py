@@ -33,7 +33,7 @@ def waves(steps: int, layers: int) -> History:
     rows[0, 0] = np.nan
     rows[:, 4:6] = np.nan  # no momentum
     history = History(limit=None)
-    history.add_layers([f"block{k}.<conv>" for k in range(layers)])
+    history.add_layers([f"model.encoder.layers.block{k}.<conv>" for k in range(layers)])
     rates = np.broadcast_to(0.1, (steps, layers))
     for start in range(0, steps, 256):
         part = slice(start, start + 256)
@@ -58,7 +58,7 @@ def train(model: nn.Module, optimizer, steps: int = 40) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1400])
 def test_in_a_browser(tmp_path, width):
-    """No errors, nothing wider than the window, panels that can be read, values on hover."""
+    """No errors, nothing wider than the window, panels and names that can be read, values on hover."""
     history = waves(90, 41)
     script = """
       const root = inner.document.documentElement;
@@ -70,10 +70,14 @@ def test_in_a_browser(tmp_path, width):
       return [inner.errors.length, root.scrollWidth <= inner.innerWidth,
         Math.min(...panels.map((p) => p.getBoundingClientRect().width)) > 280,
         inner.document.querySelectorAll("table.layers tr").length,
+        inner.document.querySelector(".rows").offsetWidth > 0,
+        [...inner.document.querySelectorAll(".rows span")].slice(0, 2).map((name) => name.textContent),
         inner.document.querySelector(".heat output").textContent];
     """
     value = f"{history.correlation(5)[30, 7]:+.2f}".replace("-", "−")
-    expected = f'[0,true,true,43,"block7.<conv>, step 30: {value}"]'
+    names = '["…encoder.layers.block0.<conv>","…encoder.layers.block2.<conv>"]'  # of every second row
+    shown = str(width == 1400).lower()
+    expected = f'[0,true,true,43,{shown},{names},"model.encoder.layers.block7.<conv>, step 30: {value}"]'
     assert browse(record_page([history]), tmp_path, script, width) == expected
 
 
@@ -104,7 +108,7 @@ def test_what_is_on_it(tmp_path):
         "adam": [False, False, False, False],
     }
     assert "Mine &amp; &lt;yours&gt;" in pages["plain"] and "<yours>" not in pages["plain"]
-    assert "Updates of AdamW" in pages["adam"] and pages["adam"].count("<canvas") == 2
+    assert "AdamW&#x27;s updates" in pages["adam"] and pages["adam"].count("<canvas") == 2
     for page in pages.values():
         assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(["']?http""", page)
 

@@ -282,9 +282,8 @@ def heat_map(
     }
     scale = f"linear-gradient(to right, {', '.join(MAP_COLOURS)})"
     first, final, last = escaped(names[0]), escaped(names[-1]), edges[-1] - 1
-    ticks = (
-        numbers[0] + (last - numbers[0]) * np.arange(5) // 4 if last - numbers[0] >= 4 else (numbers[0], last)
-    )
+    quarters = np.arange(5) if last - numbers[0] >= 4 else np.array([0, 4])
+    ticks = "".join(f"<span>{n}</span>" for n in numbers[0] + (last - numbers[0]) * quarters // 4)
     return (
         f'<div class="heat" data-map="{escaped(json.dumps(content, separators=(",", ":")))}">'
         f'<div class="axis"><span class="ends">{first} (first layer) above</span>'

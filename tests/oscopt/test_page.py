@@ -61,6 +61,7 @@ def test_in_a_browser(tmp_path, width):
     """No errors, nothing wider than the window, panels and names that can be read, values on hover."""
     history = waves(90, 41)
     script = """
+      const texts = (selector) => [...inner.document.querySelectorAll(selector)].map((e) => e.textContent);
       const root = inner.document.documentElement;
       const panels = [...inner.document.querySelectorAll(".panels figure")];
       const canvas = inner.document.querySelector(".heat canvas");
@@ -71,13 +72,16 @@ def test_in_a_browser(tmp_path, width):
         Math.min(...panels.map((p) => p.getBoundingClientRect().width)) > 280,
         inner.document.querySelectorAll("table.layers tr").length,
         inner.document.querySelector(".rows").offsetWidth > 0,
-        [...inner.document.querySelectorAll(".rows span")].slice(0, 2).map((name) => name.textContent),
+        texts(".rows span").slice(0, 2), texts(".ticks span"),
         inner.document.querySelector(".heat output").textContent];
     """
     value = f"{history.correlation(5)[30, 7]:+.2f}".replace("-", "−")
     names = '["…encoder.layers.block0.<conv>","…encoder.layers.block2.<conv>"]'  # of every second row
     shown = str(width == 1400).lower()
-    expected = f'[0,true,true,43,{shown},{names},"model.encoder.layers.block7.<conv>, step 30: {value}"]'
+    ticks = '["0","22","44","66","89"]'
+    expected = (
+        f'[0,true,true,43,{shown},{names},{ticks},"model.encoder.layers.block7.<conv>, step 30: {value}"]'
+    )
     assert browse(record_page([history]), tmp_path, script, width) == expected
 
 

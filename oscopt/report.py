@@ -57,10 +57,15 @@ _THEMED = {
 
 
 def write(path: str | os.PathLike, histories: Sequence[History], title: str | None = None) -> None:
-    """Write the page of these records; see :meth:`oscopt.History.report`."""
-    text = record_page(histories, title)
-    with atomic.writing(path, "w") as file:
-        file.write(text)
+    """Write the page of these records; see :meth:`oscopt.History.report`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: `path` cannot be written.
+        ValueError: a history holds no steps.
+    """
+    with atomic.writing(path, "w") as file:  # before anything is drawn, which may take a while
+        file.write(record_page(histories, title))
 
 
 def record_page(histories: Sequence[History], title: str | None = None) -> str:
@@ -238,9 +243,9 @@ def page(title: str, parts: Iterable[str]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{escaped(title)}</title>
-<style>{(here / "page.css").read_text()}</style></head><body>
+<style>{(here / "page.css").read_text(encoding="utf-8")}</style></head><body>
 {body}
-<script>{(here / "page.js").read_text()}</script>
+<script>{(here / "page.js").read_text(encoding="utf-8")}</script>
 </body></html>
 """
 

@@ -171,6 +171,42 @@ def test_command(tmp_path, capsys):
     assert "none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("report h.npz .", ".: it is a folder; give the name of a file"),
+        ("report h.npz folder", "folder: it is a folder; give the name of a file"),
+        (
+            "report h.npz none/page.html",
+            "none/page.html: its folder is not there; create it, or give another one",
+        ),
+        ("report h.npz h.npz/page.html", "h.npz/page.html: h.npz is no folder; give another one"),
+        ("report h.npz h.npz", "'h.npz' is the record itself; give another file for the page"),
+        ("report none", "none: there is no such record; give a file or folder"),
+        ("report empty.npz", "the history holds no steps yet; there is nothing to show"),
+        ("summary folder", "'folder' is no history: it holds no files of steps"),
+        ("summary other.npz", "'other.npz' is no history: it lacks 'format'"),
+        ("summary odd.npz", "'odd.npz' is no history, or a damaged one: "),
+        ("summary text", "'text' is no history, or a damaged one: "),
+        ("summary h.npz --last 0", "Invalid last: 0; use a number of steps, 1 or more"),
+    ],
+)
+def test_errors_of_the_command(tmp_path, monkeypatch, capsys, arguments, said):
+    """One line with the value and the remedy; nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    waves(30, 2).save("h.npz")
+    History().save("empty.npz")
+    np.savez("other.npz", a=np.zeros(3))
+    np.savez("odd.npz", format=np.ones(2), steps=np.zeros(3), layer_names=np.zeros(3))
+    Path("text").write_text("text")
+    Path("folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(arguments.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"oscopt: {said}")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "few"),

@@ -214,10 +214,14 @@ def test_errors_of_the_command(tmp_path, monkeypatch, capsys, arguments, said):
         ("full_batch", ["--steps", "40"]),
         ("monitor_adamw", ["--epochs", "2"]),
         ("adaptation", ["--steps", "40"]),
+        ("hugging_face", ["--steps", "25"]),
+        ("lightning_module", ["--epochs", "2"]),
     ],
 )
 def test_examples(name, few, tmp_path):
+    if name in ("hugging_face", "lightning_module"):
+        pytest.importorskip("transformers" if name == "hugging_face" else "lightning")
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *few, "--out", str(tmp_path / "page.html")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "</html>" in (tmp_path / "page.html").read_text()

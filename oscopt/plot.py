@@ -141,8 +141,8 @@ def plot_recurrence(
 ) -> Axes:
     """The correlations of all pairs of steps of a run, from their sketches, in colours.
 
-    Oscillation is a checkerboard, phases are blocks. Of more than `most` steps neighbours are drawn, in runs
-    of 8 that are spread evenly: single steps that far apart would not show an oscillation.
+    Oscillation is a checkerboard, phases are blocks. Of more than `most` steps, evenly spread runs of 8
+    neighbours are drawn: single steps that far apart would not show an oscillation.
 
     Args:
         layer: the layer's name; None: all layers together.
@@ -184,14 +184,14 @@ def plot_lags(
     steps: Sequence[int] | None = None,
     **line: Any,
 ) -> Axes:
-    """How gradients correlate with those of so many steps before: the median over the run, and its quartiles.
+    """How gradients correlate with those a given number of steps before: median over the run, and quartiles.
 
     A period of 2 is a zigzag; how far the curve stays above 0 is how long gradients remember.
 
     Args:
         lags: numbers of steps.
         layer: the layer's name; None: all layers together.
-        steps: look back from these only, such as those of one phase. Default: all.
+        steps: look back from these steps only, for example those of one phase. Default: all.
         line: as in :func:`plot_correlation`.
 
     Raises:

@@ -1,7 +1,7 @@
 """One page that shows a record and opens without a network: lines as SVG, heat maps with values on hover.
 
-Lines need matplotlib, which is loaded at the first one. The pages of benchmarks/study are made of the same
-parts.
+Lines need matplotlib, which is loaded when the first one is drawn. The pages of benchmarks/study are made of
+the same parts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINE_COLOURS = ("#1f4e79", "#d1495b", "#6a994e", "#8d6a9f")
-"""Of lines; a page in the dark has lighter ones, see page.css."""
+"""Of lines; dark pages have lighter ones, see page.css."""
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -40,7 +40,7 @@ STYLE = {
 """Of matplotlib's figures."""
 _WINDOW = 5  # iterations of a windowed mean, as in the paper
 _CELLS = 1_200_000  # of a heat map: 1.6 MB
-_POINTS = 1000  # of a line; longer runs are drawn as the least and greatest value of so many stretches
+_POINTS = 1000  # of a line; longer runs are drawn as the least and the greatest value of 500 stretches
 _ROWS = 2000  # of the table
 _PATH, _LONG = re.compile(r' d="[^"]*"'), re.compile(r"-?\d+\.\d{3,}")
 _SVG, _COLOUR = re.compile(r"<svg.*?</svg>", re.DOTALL), re.compile(r"(?<=: )#[0-9a-f]{6}\b")
@@ -198,7 +198,10 @@ def _recurrences(history: History) -> Iterator[tuple[str, str]]:
         axis.set_title("")
 
     yield "Correlation of every pair of steps, all layers together", panel(recurrence, height=3.5)
-    yield "Correlation with the step so many steps before: median and quartiles", panel(lags, height=3.5)
+    yield (
+        "Correlation with the gradient a number of steps before: median and quartiles",
+        panel(lags, height=3.5),
+    )
 
 
 def summary_table(summary: Summary) -> str:
@@ -208,7 +211,9 @@ def summary_table(summary: Summary) -> str:
     if len(rows) > _ROWS:
         chosen = np.argsort([-row.share if np.isfinite(row.share) else 0.0 for row in rows], kind="stable")
         rows = [rows[i] for i in np.sort(chosen[:_ROWS])]
-        note = f"<p>The {_ROWS} of {len(summary.layers)} layers that have most of the dot product.</p>"
+        note = (
+            f"<p>The {_ROWS} of {len(summary.layers)} layers with the largest shares of the dot product.</p>"
+        )
     header = ("layer", "correlation", "negative", "step × curvature", "share of dot product", "hint")
     lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in header)}</tr>"]
     for row in (summary.overall, *rows):
@@ -235,7 +240,7 @@ def _sentence(text: str) -> str:
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page, light or dark as the reader's system is."""
+    """A whole page, light or dark like the reader's system."""
     here = Path(__file__).parent
     body = _SVG.sub(lambda drawn: themed(drawn[0]), "\n".join(parts))
     return f"""<!doctype html>
@@ -263,12 +268,12 @@ def count(number: int, what: str) -> str:
 def heat_map(
     values: np.ndarray, names: Sequence[str], what: str, at: np.ndarray | None = None, unit: str = "epoch"
 ) -> str:
-    """An element that shows (T, L) correlations and tells each on hover.
+    """An element that shows (T, L) correlations, and each value on hover.
 
     Args:
         values: from -1 to 1, NaN where nothing is known.
         names: of the L layers.
-        what: is shown, for those who cannot see it.
+        what: is shown, as text for those who cannot see it.
         at: numbers of the T rows, ascending. Default: 0, 1, ...
         unit: what these numbers count.
     """
@@ -339,7 +344,7 @@ def svg(figure: Figure) -> str:
 
 
 def themed(drawn: str) -> str:
-    """An SVG with the page's colours of text and lines; one with pictures in it keeps its own, on white."""
+    """An SVG with the page's colours for text and lines; one with a picture keeps its own, on white."""
     if "<image" in drawn:
         return drawn.replace("<svg", '<svg class="paper"', 1)
     return _COLOUR.sub(lambda colour: _THEMED.get(colour[0], colour[0]), drawn)

@@ -1,6 +1,6 @@
-"""What a record says in words: a table with a row for each layer, and a hint with its reason.
+"""A record in words: a table with a row for each layer, and a hint with its reason.
 
-The bounds below are chosen, not derived. They are tried on synthetic records and on full-batch gradient
+The bounds below are chosen, not derived. They are checked on synthetic records and on full-batch gradient
 descent at known multiples of 2 / sharpness (tests/oscopt/test_summary.py).
 """
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 ALL = "all layers"
 """The name of the row of all layers together."""
 MIN_STEPS = 20
-"""Pairs of gradients that a hint needs."""
+"""A hint needs this many pairs of gradients."""
 OSCILLATES = -0.2
-"""Median correlation from which on downwards a layer oscillates, ..."""
+"""A layer oscillates if its median correlation is at most this, ..."""
 OFTEN_NEGATIVE = 0.6
-"""... and the share of steps with a negative correlation that it takes."""
+"""... and at least this share of its correlations is negative."""
 SELDOM_NEGATIVE = 0.1
-"""The share up to which gradients agree, ..."""
+"""Gradients agree if at most this share of correlations is negative, ..."""
 AGREES, SMOOTH = 0.3, 0.9
-"""... and the median correlations from which on they do, and training is smooth. Between `OSCILLATES`
-and `AGREES` they hardly agree: noise if that is true of all layers together, otherwise a mixture of both."""
+"""... and the median is at least the first of these; from the second on, training is smooth. Between
+`OSCILLATES` and `AGREES` they hardly agree: noise if that is true of all layers together, else mixed."""
 IN_PHASES = 1 / 3
 """A correlation that changes sign less often than this, relative to independent signs, comes in phases: it
 is not noise, even if its median is near 0."""
 GROWS = 1.1
-"""Median growth of the gradient's norm in a step that makes oscillation a divergence. At the edge of
-stability it grows more slowly, until the curvature gives way."""
+"""Oscillation is a divergence if the gradient's norm grows by more than this factor in the median step. At
+the edge of stability it grows more slowly, until the curvature gives way."""
 FULL_BATCH = 0.98
-"""A headroom is given from this median correlation on: below, noise would pass for curvature. Updates that
-momentum has averaged are called smooth from here on: those of noise correlate by the momentum, 0.9 or so."""
+"""A headroom is given only from this median correlation on: below, noise would pass for curvature. Updates
+that momentum has averaged are smooth from here on: in pure noise they correlate by the momentum, 0.9."""
 AMPLE = 20.0
 """A larger headroom is not given as a number: the steps did not meet the curvature that limits the rate."""
 
@@ -65,7 +65,7 @@ class Row:
         negative: share of these pairs with mu < 0.
         step_curvature: median of the step times the curvature along it, 2 at the edge of stability; NaN where
             it does not follow from the record.
-        share: of the layer in the global dot product: mean over the steps of abs(dot) over its sum.
+        share: of the layer in the global dot product: mean over steps of abs(dot) over its sum over layers.
         state: "edge", "diverges", "smooth", "agrees", "mixed", "noise" or "unknown".
         hint: a sentence for people.
     """
@@ -353,9 +353,9 @@ def _headroom(history: History) -> tuple[np.ndarray, float]:
     """How many times larger the step could be before the edge, (L,), and of all layers together.
 
     ||g_t - g_{t-1}|| / ||g_{t-1}|| is the step times ||H u||, u the direction of the step: at most the step
-    times the sharpness. Its largest in the whole record counts, as smooth training leaves the directions of
-    large curvature soon, so that recent steps do not meet it; the sharpness may have changed since then. NaN
-    where no curvature follows.
+    times the sharpness. Its largest value in the whole record counts, as smooth training soon leaves the
+    directions of large curvature, so that recent steps do not meet them; the sharpness may have changed since
+    then. NaN where the record gives no curvature.
     """
     along, along_all = step_curvature(history)
     step, rates = history.prev_step_size, history.prev_lr
@@ -380,7 +380,7 @@ def _lost(history: History) -> int | None:
 
 
 def _remedies(history: History) -> str:
-    """What helps against oscillation, where it is not there already."""
+    """What helps against oscillation and is not in use yet."""
     about = history.about
     own, plain = about.get("optimizer", "OscGD") == "OscGD", about.get("plain", True)
     remedies = ["a smaller rate here"]

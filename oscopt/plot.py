@@ -209,6 +209,7 @@ def plot_lags(
     ax.fill_between(list(lags), quartiles[:, 0], quartiles[:, 2], alpha=0.25, lw=0, color=drawn.get_color())
     ax.axhline(0.0, color="0.6", lw=0.8, zorder=0)
     ax.set(title=layer or "all layers", xlabel="lag, steps", ylabel="correlation", ylim=(-1.05, 1.05))
+    ax.locator_params(axis="x", integer=True)
     return ax
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from . import atomic, plot
 from .history import History
 from .plot import COLUMNS, MAP_COLOURS, binned, stretches
-from .summary import Row, Summary, cells, step_curvature, summarise
+from .summary import Row, Summary, cells, quantity, step_curvature, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,11 +78,11 @@ def record_page(histories: Sequence[History], title: str | None = None) -> str:
     if not all(len(history) for history in histories):
         raise ValueError("the history holds no steps yet; there is nothing to show")
     _matplotlib()
-    title = title or f"Oscillation of {_quantity(histories[0])}"
+    title = title or f"Oscillation of {quantity(histories[0])}"
     parts = [f"<h1>{escaped(title)}</h1>"]
     for i, history in enumerate(histories):
         if i:
-            parts.append(f"<h1>{escaped(_sentence(_quantity(history)))}</h1>")
+            parts.append(f"<h1>{escaped(_sentence(quantity(history)))}</h1>")
         parts += _sections(history)
     return page(title, parts)
 
@@ -91,7 +91,7 @@ def _sections(history: History) -> Iterator[str]:
     steps, names, summary = history.steps, history.layer_names, summarise(history)
     sketched = bool((history.correlation_stderr > 0).any())
     yield (
-        f"<p>{escaped(_sentence(_quantity(history)))}: {count(len(names), 'layer')}, steps {steps[0]} to "
+        f"<p>{escaped(_sentence(quantity(history)))}: {count(len(names), 'layer')}, steps {steps[0]} to "
         f"{steps[-1]}{'' if len(steps) == steps[-1] - steps[0] + 1 else f' ({len(steps)} held)'}; "
         f"correlations of adjacent {history.about.get('quantity', 'gradients')} are "
         f"{'estimated from sketches' if sketched else 'exact'}.</p>"
@@ -119,8 +119,8 @@ def _sections(history: History) -> Iterator[str]:
 
 def _panels(history: History) -> Iterator[tuple[str, str]]:
     """Caption and SVG of each quantity of all layers together that follows from the record."""
-    for quantity in (_correlations, _curvatures, _alignments, _step_sizes):
-        if (found := quantity(history)) is not None:
+    for find in (_correlations, _curvatures, _alignments, _step_sizes):
+        if (found := find(history)) is not None:
             caption, draw = found
             yield caption, panel(draw)
 
@@ -225,11 +225,6 @@ def summary_table(summary: Summary) -> str:
         )
         lines.append(f'<tr class="{row.state}"><td class="name">{name}</td>{middle}<td>{hint}</td></tr>')
     return f'{note}<div class="scroll long"><table class="layers">{"".join(lines)}</table></div>'
-
-
-def _quantity(history: History) -> str:
-    what, optimizer = history.about.get("quantity", "gradients"), history.about.get("optimizer")
-    return what if optimizer is None else f"{optimizer}'s {what}"
 
 
 def _sentence(text: str) -> str:

@@ -85,11 +85,13 @@ class Summary:
     """A table; ``print`` shows it.
 
     Attributes:
+        what: was measured, such as "AdamW's updates".
         first, last: numbers of the first and last step looked at; -1 where there is none.
         overall: all layers together.
         layers: one row a layer.
     """
 
+    what: str
     first: int
     last: int
     overall: Row
@@ -121,7 +123,7 @@ class Summary:
             for line in lines
         )
         span = f"steps {self.first} to {self.last}" if self.first >= 0 else "no steps"
-        return "\n".join([f"{span}; {self.tally}", *table])
+        return "\n".join([f"{self.what[:1].upper() + self.what[1:]}, {span}; {self.tally}", *table])
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One line for each layer and one for all together, indexed by name, with the fields of :class:`Row`.
@@ -176,7 +178,13 @@ def summarise(history: History, last: int = 500) -> Summary:
     overall = row(ALL, recent.global_correlation(), sq_norm.sum(1), along_all, room_all, share)
     steps = recent.steps
     first, final = (int(steps[0]), int(steps[-1])) if len(steps) else (-1, -1)
-    return Summary(first, final, overall, layers)
+    return Summary(quantity(history), first, final, overall, layers)
+
+
+def quantity(history: History) -> str:
+    """What was measured, such as "gradients" or "AdamW's updates"."""
+    what, optimizer = history.about.get("quantity", "gradients"), history.about.get("optimizer")
+    return what if optimizer is None else f"{optimizer}'s {what}"
 
 
 def step_curvature(history: History) -> tuple[np.ndarray, np.ndarray]:

@@ -208,7 +208,9 @@ def test_as_text_and_frame():
     history = record(waves(-0.9))
     summary = history.summary(last=100)
     lines = str(summary).splitlines()
-    assert len(lines) == 5 and "all layers" in lines[2]
+    assert (
+        len(lines) == 5 and lines[0].startswith("Gradients, steps 100 to 199; ") and "all layers" in lines[2]
+    )
     at = lines[1].index("hint")
     assert all(line[at - 2 : at] == "  " and line[at] != " " for line in lines[2:])
     frame = summary.to_dataframe()

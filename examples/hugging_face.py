@@ -1,4 +1,4 @@
-"""A Hugging Face Trainer, watched by OscTrainerCallback; at the end a page of gradients and updates."""
+"""A Hugging Face Trainer, measured by OscTrainerCallback; at the end a page of gradients and updates."""
 
 import argparse
 

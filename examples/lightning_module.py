@@ -1,4 +1,4 @@
-"""A Lightning Trainer, watched by OscCallback; at the end a page of gradients and updates."""
+"""A Lightning Trainer, measured by OscCallback; at the end a page of gradients and updates."""
 
 import argparse
 

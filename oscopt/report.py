@@ -103,7 +103,11 @@ def _sections(history: History) -> Iterator[str]:
     yield '<h2>All layers together</h2><div class="panels">'
     for caption, drawn in _panels(history):
         yield f"<figure><figcaption>{escaped(caption)}</figcaption>{drawn}</figure>"
-    yield "</div><h2>Every layer, every step</h2>"
+    yield "</div>"
+    if summary.overall.state == "noise" and np.isfinite(summary.overall.step_curvature):
+        said = "Between mini-batches the step times the curvature is mostly noise, around 1."
+        yield f'<p class="note">{said}</p>'
+    yield "<h2>Every layer, every step</h2>"
     yield heat_map(history.correlation(_WINDOW), names, "correlation of adjacent steps", steps, "step")
     if np.isfinite(history.alignment).any():
         yield "<h3>Alignment with the momentum</h3>"

@@ -117,6 +117,19 @@ def test_what_is_on_it(tmp_path):
         assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(["']?http""", page)
 
 
+def test_curvature_between_mini_batches_is_called_noise():
+    model, notes = net(), []
+    for batches in (1, 8):
+        optimizer = OscGD(model.named_parameters(), lr=1e-3, backend="torch")
+        for step in range(60):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step % batches))
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), x[:, :2].sign()).backward()
+            optimizer.step()
+        notes.append("mostly noise" in record_page([optimizer.history]))
+    assert notes == [False, True]
+
+
 @pytest.mark.parametrize(("steps", "layers"), [(30_000, 20), (40, 6000), (1, 1), (2, 3)])
 def test_sizes(steps, layers):
     page = record_page([waves(steps, layers)])

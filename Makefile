@@ -1,5 +1,6 @@
 # Two commands do everything on a fresh machine with Python 3.11+: `make demo` and `make test`.
 # `make check` is the quick part of the tests; `make test-oldest` runs the core's on the oldest versions supported.
+# `make docs/measured/demo.png` draws README's picture again.
 PYTHON ?= python3
 BIN := .venv/bin
 # Most tests use one core; who is done takes over from the other.
@@ -9,6 +10,9 @@ WORKERS := -n 2 --dist worksteal
 
 demo: .venv/bench
 	$(BIN)/python benchmarks/run.py --model resnet34 --out runs/demo --overwrite
+
+docs/measured/demo.png: demo
+	cp runs/demo/figure.png $@
 
 test: .venv/test lint
 	$(BIN)/python -m pytest $(WORKERS)

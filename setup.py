@@ -19,7 +19,7 @@ setup(
     name="oscopt",
     version=version,
     description="PyTorch gradient descent that measures gradient oscillation, at almost no cost",
-    long_description=Path("README.md").read_text(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],

@@ -1,4 +1,4 @@
-"""Full-batch gradient descent on your own model: which layers oscillate, is it at the edge of stability?"""
+"""Full-batch gradient descent on your own model: which layers oscillate, and is it at the edge?"""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""AdamW on mini-batches, watched by OscMonitor; at the end a page of its gradients and of its updates."""
+"""AdamW on mini-batches, measured by OscMonitor; at the end a page of its gradients and updates."""
 
 import argparse
 

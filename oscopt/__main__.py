@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         histories = load(given.path)
         if given.command == "report":
-            from .report import write
-
-            write(given.out, histories, given.title or given.path.resolve().stem)
-            print(given.out)
+            _report(given.out, histories, given)
         else:
-            for history in histories:
-                print(history.summary(given.last))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"oscopt: {error}", file=sys.stderr)
-        return 2
+            print(*(history.summary(given.last) for history in histories), sep="\n")
+    except OSError as error:
+        about = f"{error.filename}: {error.strerror}" if error.filename else f"the output: {error.strerror}"
+        return _failed(about)
+    except (ValueError, ImportError) as error:
+        return _failed(str(error))
     return 0
 
 
@@ -48,8 +47,27 @@ def load(path: Path) -> list[History]:
         FileNotFoundError: there is nothing.
         ValueError: it is damaged, or something else.
     """
-    found = [path / name for name in _FILES if (path / name).is_file()]
-    return [History.load(part) for part in found or [path]]
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no such record; give a file or folder", str(path))
+    parts = [path / name for name in _FILES if (path / name).is_file()] or [path]
+    try:
+        return [History.load(part) for part in parts]
+    except (KeyError, TypeError, IndexError) as error:  # arrays of these names, but of another make
+        raise ValueError(f"{str(path)!r} is no history, or a damaged one: {error}") from None
+
+
+def _report(out: Path, histories: Sequence[History], given: argparse.Namespace) -> None:
+    from .report import write
+
+    if out.is_file() and given.path.is_file() and out.samefile(given.path):
+        raise ValueError(f"{str(out)!r} is the record itself; give another file for the page")
+    write(out, histories, given.title)
+    print(out)
+
+
+def _failed(message: str) -> int:
+    print(f"oscopt: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -24,25 +24,28 @@ if TYPE_CHECKING:
 class OscTrainerCallback(TrainerCallback):
     """Measures the optimizer of a ``Trainer``; each log entry gets the mean correlation since the last.
 
-    The entry is the one in `trainer.state.log_history`. Reporters that were there before this callback have
-    seen it already: give them the numbers by `log`.
+    The entry is the one in `trainer.state.log_history`. Reporters that were added before this callback have
+    already seen it by then: pass them the numbers with `log`.
 
-    A ``Trainer`` does not say when a training ends by an error: the next one lets go of the optimizer then,
-    also the one that `auto_find_batch_size` begins, or :meth:`detach` does.
+    A ``Trainer`` does not say when training ends with an error: call :meth:`detach` to stop measuring, which
+    the next training also does, even one that `auto_find_batch_size` starts.
 
     Args:
         log: called with the numbers by name, for example ``wandb.log``.
-        prefix: of the names.
-        log_layers: whether single layers are logged, too.
+        prefix: of the names under which numbers are logged.
+        log_layers: whether single layers are logged as well.
         picture: called with a picture of all layers over all steps (a matplotlib figure) and the step, after
             every `picture_every` steps and at the end, for example
             ``lambda figure, step: wandb.log({"oscopt/layers": wandb.Image(figure)})``.
         picture_every: steps between two pictures.
-        options: of the :class:`oscopt.OscMonitor`: `what`, `layers`, `every`, ... An
-            :class:`oscopt.OscGD` measures itself.
+        options: for the :class:`oscopt.OscMonitor`: `what`, `layers`, `every`, ... An
+            :class:`oscopt.OscGD` measures itself and needs none.
 
     Attributes:
-        meter: the OscMonitor or OscGD, None before training; its `history` stays after it.
+        meter: the OscMonitor or OscGD, None before training; its `history` remains after training.
+
+    Raises:
+        ValueError: `picture_every` is less than 1.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class OscTrainerCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         if picture_every < 1:
-            raise ValueError(f"Invalid picture_every: {picture_every}; use a number of steps")
+            raise ValueError(f"Invalid picture_every: {picture_every}; use a number of steps, 1 or more")
         self._picture, self._picture_every = picture, picture_every
         self.meter: OscGD | OscMonitor | None = None
         self._log, self._prefix, self._log_layers, self._options = log, prefix, log_layers, options
@@ -106,7 +109,7 @@ class OscTrainerCallback(TrainerCallback):
             self._picture(layers_picture(history), state.global_step)
 
     def detach(self) -> None:
-        """Stop measuring; the meter's history stays."""
+        """Stop measuring; the meter's history remains."""
         if isinstance(self.meter, OscMonitor):
             self.meter.detach()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 try:
     import lightning.pytorch as pl
-except ImportError:  # the same under its older name
+except ImportError:  # the older name of the same package
     try:
         import pytorch_lightning as pl  # type: ignore[no-redef]
     except ImportError as error:
@@ -22,18 +22,21 @@ from .optimizer import OscGD
 class OscCallback(pl.Callback):
     """Measures every optimizer of a ``Trainer`` and logs to all its loggers, every `log_every_n_steps` steps.
 
-    An :class:`oscopt.OscGD` measures itself; others get an :class:`oscopt.OscMonitor` for the time of `fit`.
-    Checkpoints hold what the monitors need to go on, and their records; an OscGD's history is yours to keep.
+    An :class:`oscopt.OscGD` measures itself; other optimizers get an :class:`oscopt.OscMonitor` during `fit`.
+    Checkpoints hold the state and the records of the monitors; saving an OscGD's history is up to you.
 
     Args:
-        prefix: of the logged names, with the optimizer's number behind it if there are several.
-        log_layers: whether single layers are logged, too.
-        picture_every: after so many steps, and at the end, a picture of all layers goes to the loggers that
-            take one (TensorBoard, Weights & Biases), as `prefix/layers`; needs matplotlib. None: none does.
-        options: of the monitors: `what`, `layers`, `every`, ...
+        prefix: of the logged names, followed by the optimizer's number if there are several.
+        log_layers: whether single layers are logged as well.
+        picture_every: after this many steps, and at the end, a picture of all layers goes to the loggers that
+            take one (TensorBoard, Weights & Biases), as `prefix/layers`; needs matplotlib. None: no pictures.
+        options: for the monitors: `what`, `layers`, `every`, ...
 
     Attributes:
-        meters: an OscGD or OscMonitor for each optimizer; their `history` stays after `fit`.
+        meters: an OscGD or OscMonitor for each optimizer; their `history` remains after `fit`.
+
+    Raises:
+        ValueError: `picture_every` is less than 1.
     """
 
     def __init__(
@@ -44,7 +47,9 @@ class OscCallback(pl.Callback):
         **options: Any,
     ) -> None:
         if picture_every is not None and picture_every < 1:
-            raise ValueError(f"Invalid picture_every: {picture_every}; use a number of steps, or None")
+            raise ValueError(
+                f"Invalid picture_every: {picture_every}; use a number of steps, 1 or more, or None"
+            )
         self._picture_every = picture_every
         self.meters: list[OscGD | OscMonitor] = []
         self._prefix, self._log_layers, self._options = prefix, log_layers, options

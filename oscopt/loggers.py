@@ -1,6 +1,6 @@
 """Live logging: what is new in a record, as named numbers, to TensorBoard, Weights & Biases or anything else.
 
-Call a function every now and then, say every hundred steps: it waits for the device, steps do not.
+Call these functions now and then, say every hundred steps: they wait for the device, steps do not.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def new_scalars(
     history: History, prefix: str = "oscopt", layers: bool = True
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """For each step since the last call its number, and its correlations by name.
+    """The number of each step since the last call, and its correlations by name.
 
     Args:
         history: an optimizer's or a monitor's; it is drained.
         prefix: of the names: `prefix/correlation` for all layers together, `prefix/correlation/LAYER`.
-        layers: whether the single layers are wanted.
+        layers: whether single layers are included.
 
-    What is NaN is left out, a step with nothing else too.
+    NaNs are left out, and so are steps that have nothing else.
     """
     new = history.drain()
     everything, single = new.global_correlation(), new.correlation()
@@ -42,7 +42,7 @@ def new_scalars(
 
 
 def layers_picture(history: History) -> Figure:
-    """The correlation of every layer at every step, as :func:`oscopt.plot.plot_heatmap`; outside of pyplot.
+    """The correlation of every layer at every step, as :func:`oscopt.plot.plot_heatmap`, without pyplot.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -58,9 +58,9 @@ def layers_picture(history: History) -> Figure:
 
 
 def log_picture(target: Any, history: History, name: str = "oscopt/layers") -> bool:
-    """Add :func:`layers_picture` to a ``SummaryWriter`` or a run of Weights & Biases; whether it is one.
+    """Add :func:`layers_picture` to a ``SummaryWriter`` or a run of Weights & Biases; False if it is neither.
 
-    Nothing is added of an empty history.
+    An empty history adds nothing.
     """
     tensorboard = hasattr(target, "add_figure")
     if not tensorboard and not type(target).__module__.startswith("wandb"):
@@ -86,7 +86,7 @@ def log_to_tensorboard(
     """Add what is new to a ``torch.utils.tensorboard.SummaryWriter``; see :func:`new_scalars`.
 
     Args:
-        picture: whether :func:`layers_picture` of the whole record is added, too, as `prefix/layers`.
+        picture: whether :func:`layers_picture` of the whole record is added as well, as `prefix/layers`.
     """
     for step, values in new_scalars(history, prefix, layers):
         for name, value in values.items():
@@ -100,7 +100,7 @@ def log_to_wandb(
 ) -> None:
     """Log what is new to a run of Weights & Biases (what ``wandb.init`` returns); see :func:`new_scalars`.
 
-    Drawn over `prefix/step`, the optimizer's own count: the run's steps may have gone on meanwhile.
+    Numbers are plotted against `prefix/step`, the optimizer's own count, as the run may count differently.
 
     Args:
         picture: as in :func:`log_to_tensorboard`.

@@ -13,6 +13,16 @@ for (const box of document.querySelectorAll(".heat")) {
   const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
   bytes.forEach((byte, i) => image.data.set(byte === -128 ? [0, 0, 0, 0] : colour(byte / 100), 4 * i));
   context.putImageData(image, 0, 0);
+  const named = box.querySelector(".rows"), apart = Math.ceil(14 / height); // a name is 14 pixels high
+  let longest = 0;
+  for (let row = 0; row < rows; row += apart) {
+    const whole = map.layers[row], name = document.createElement("span");
+    name.textContent = whole.length > 30 ? `…${whole.slice(-29).replace(/^\W+/, "")}` : whole; // its end says more than its beginning
+    name.style.top = `${(row + 0.5) * height}px`;
+    longest = Math.max(longest, name.textContent.length);
+    named.append(name);
+  }
+  named.style.width = `${longest}ch`;
 
   function colour(value) {
     const at = Math.min(Math.max((value + 1) / 2, 0), 0.9999) * (map.colours.length - 1);

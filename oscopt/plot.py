@@ -1,6 +1,7 @@
 """Pictures of a record. Needs matplotlib, which is loaded at the first picture.
 
-Every function draws into `ax` (default: a new figure's) and returns it.
+Every function draws into `ax` (default: a new figure's) and returns it. Correlations have the same colours
+everywhere, also on the pages of :mod:`oscopt.report`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from .window import Window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
 
-_COLUMNS = 800  # of a heatmap: more than a screen shows
+MAP_COLOURS = ("#0b2559", "#3a6cb4", "#aaaaaa", "#f3b673", "#fff6dd")
+"""Of the correlations -1, -1/2, 0, 1/2, 1: each lighter than the one before."""
+COLUMNS = 600
+"""Of a heat map; longer runs are averaged over stretches of equal length."""
 _RUN = 8  # neighbours in a recurrence plot of a long run
 
 
@@ -60,8 +65,10 @@ def plot_layers(
     if unknown := [name for name in layers if name not in names]:
         raise KeyError(f"no layer {unknown[0]!r}; there are {', '.join(names)}")
     ax = _axes(ax)
+    from matplotlib import colormaps
+
     mu = history.correlation(window)
-    colours = _colormap("viridis")(np.linspace(0, 0.92, len(layers)))
+    colours = colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
     for name, colour in zip(layers, colours, strict=True):
         ax.plot(history.steps, mu[:, names.index(name)], **{"color": colour, "label": name, "lw": 1} | line)
     ax.legend(fontsize="small", ncols=1 + (len(layers) > 5))
@@ -71,7 +78,7 @@ def plot_layers(
 def plot_heatmap(history: History, window: int | None = 5, ax: Axes | None = None) -> Axes:
     """The correlation of every layer (rows, the first on top) at every step (columns), in colours.
 
-    Steps are gathered into at most 800 columns, which show their means; grey: nothing is known.
+    Long runs are averaged over 600 stretches of equal length; white: nothing is known.
 
     Args:
         window: as in :func:`plot_correlation`.
@@ -83,21 +90,19 @@ def plot_heatmap(history: History, window: int | None = 5, ax: Axes | None = Non
     if not len(history):
         raise ValueError("the history holds no steps yet; there is nothing to draw")
     ax = _axes(ax)
-    steps, mu = history.steps, history.correlation(window)
-    first, last = steps[0], steps[-1] + 1
-    edges = np.linspace(first, last, min(_COLUMNS, last - first, len(steps)) + 1)
-    column = np.searchsorted(edges, steps, side="right") - 1
-    total, count = np.zeros((2, len(edges) - 1, mu.shape[1]))
-    np.add.at(total, column, np.nan_to_num(mu))
-    np.add.at(count, column, np.isfinite(mu))
-    with np.errstate(invalid="ignore"):
-        image = (total / count).T
-    colours = _colormap("RdBu_r").with_extremes(bad="0.8")
+    names, steps = history.layer_names, history.steps
+    image = binned(history.correlation(window), at=steps).T
     mesh = ax.pcolormesh(
-        edges, np.arange(len(image) + 1), image, cmap=colours, vmin=-1, vmax=1, rasterized=True
+        stretches(steps),
+        np.arange(len(names) + 1),
+        image,
+        cmap=colour_map(),
+        vmin=-1,
+        vmax=1,
+        rasterized=True,
     )
-    shown = np.unique(np.linspace(0, len(image) - 1, min(len(image), 24)).astype(int))
-    ax.set_yticks(shown + 0.5, [history.layer_names[i] for i in shown], fontsize="small")
+    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), 24)).astype(int))
+    ax.set_yticks(shown + 0.5, [names[i] for i in shown], fontsize="small")
     ax.invert_yaxis()
     ax.set_xlabel("step")
     ax.figure.colorbar(mesh, ax=ax, label=_label(window))
@@ -116,10 +121,10 @@ def plot_matrix(window: Window, layer: str | None = None, ax: Axes | None = None
     """
     matrix = window.matrix(layer)
     ax = _axes(ax)
-    image = ax.imshow(matrix, cmap=_colormap("RdBu_r").with_extremes(bad="0.8"), vmin=-1, vmax=1)
+    image = ax.imshow(matrix, cmap=colour_map(), vmin=-1, vmax=1)
     if window.h <= 12:
         for (i, j), value in np.ndenumerate(matrix):
-            colour = "white" if abs(value) > 0.6 else "black"
+            colour = "white" if value < -0.4 else "black"
             ax.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize="small", color=colour)
     ax.set(title=layer or "all layers", xlabel="iteration k", ylabel="iteration j")
     ax.locator_params(integer=True)
@@ -136,8 +141,8 @@ def plot_recurrence(
 ) -> Axes:
     """The correlations of all pairs of steps of a run, from their sketches, in colours.
 
-    Oscillation is a checkerboard, phases are blocks. Of more than `most` steps neighbours are drawn, in runs
-    of 8 that are spread evenly: single steps that far apart would not show an oscillation.
+    Oscillation is a checkerboard, phases are blocks. Of more than `most` steps, evenly spread runs of 8
+    neighbours are drawn: single steps that far apart would not show an oscillation.
 
     Args:
         layer: the layer's name; None: all layers together.
@@ -157,7 +162,8 @@ def plot_recurrence(
         steps = steps[(first[:, None] + np.arange(_RUN)).ravel()]
     image, _ = history.pairwise(layer, steps)
     ax = _axes(ax)
-    drawn = ax.imshow(image, cmap=_colormap("RdBu_r").with_extremes(bad="0.8"), vmin=-1, vmax=1)
+    # Averages of neighbouring cells would hide a checkerboard.
+    drawn = ax.imshow(image, cmap=colour_map(), vmin=-1, vmax=1, interpolation="none")
     places = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 7)).astype(int))
     for set_ticks in (ax.set_xticks, ax.set_yticks):
         set_ticks(places, [str(step) for step in steps[places]])
@@ -178,14 +184,14 @@ def plot_lags(
     steps: Sequence[int] | None = None,
     **line: Any,
 ) -> Axes:
-    """How gradients correlate with those of so many steps before: the median over the run, and its quartiles.
+    """How gradients correlate with those a given number of steps before: median over the run, and quartiles.
 
     A period of 2 is a zigzag; how far the curve stays above 0 is how long gradients remember.
 
     Args:
         lags: numbers of steps.
         layer: the layer's name; None: all layers together.
-        steps: look back from these only, such as those of one phase. Default: all.
+        steps: look back from these steps only, for example those of one phase. Default: all.
         line: as in :func:`plot_correlation`.
 
     Raises:
@@ -203,7 +209,45 @@ def plot_lags(
     ax.fill_between(list(lags), quartiles[:, 0], quartiles[:, 2], alpha=0.25, lw=0, color=drawn.get_color())
     ax.axhline(0.0, color="0.6", lw=0.8, zorder=0)
     ax.set(title=layer or "all layers", xlabel="lag, steps", ylabel="correlation", ylim=(-1.05, 1.05))
+    ax.locator_params(axis="x", integer=True)
     return ax
+
+
+def colour_map() -> Colormap:
+    """Of correlations from -1 to 1; unknown ones are white.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.colors import LinearSegmentedColormap
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
+    return LinearSegmentedColormap.from_list("correlation", MAP_COLOURS).with_extremes(bad="white")
+
+
+def binned(values: np.ndarray, most: int = COLUMNS, at: np.ndarray | None = None) -> np.ndarray:
+    """Rows (T, L) averaged over equal stretches so that at most `most` are left; NaN where nothing is known.
+
+    Args:
+        at: numbers of the rows, ascending, of which stretches are made. Default: 0, 1, ...
+    """
+    if at is None:
+        if len(values) <= most:
+            return values
+        at = np.arange(len(values))
+    rows = np.searchsorted(at, stretches(at, most))
+    known = np.isfinite(values)
+    total = np.add.reduceat(np.where(known, values, 0.0), rows[:-1])
+    count = np.add.reduceat(known.astype(int), rows[:-1])
+    count[rows[:-1] == rows[1:]] = 0  # a stretch without a row, of a record that was thinned
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(count > 0, total / count, np.nan)
+
+
+def stretches(at: np.ndarray, most: int = COLUMNS) -> np.ndarray:
+    """The edges of at most `most` equally long stretches of the ascending numbers `at`: float64, one more."""
+    return np.linspace(at[0], at[-1] + 1, min(len(at), most) + 1)
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -212,12 +256,6 @@ def _axes(ax: Axes | None) -> Axes:
     except ImportError as error:
         raise ImportError("oscopt.plot needs matplotlib: pip install matplotlib") from error
     return pyplot.subplots(layout="constrained")[1] if ax is None else ax
-
-
-def _colormap(name: str) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps[name]
 
 
 def _label(window: int | None) -> str:

@@ -1,12 +1,13 @@
-"""What a record says in words: a table with a row for each layer, and a hint with its reason.
+"""A record in words: a table with a row for each layer, and a hint with its reason.
 
-The bounds below are chosen, not derived. They are tried on synthetic records and on full-batch gradient
+The bounds below are chosen, not derived. They are checked on synthetic records and on full-batch gradient
 descent at known multiples of 2 / sharpness (tests/oscopt/test_summary.py).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -20,28 +21,32 @@ if TYPE_CHECKING:
 ALL = "all layers"
 """The name of the row of all layers together."""
 MIN_STEPS = 20
-"""Pairs of gradients that a hint needs."""
+"""A hint needs this many pairs of gradients."""
 OSCILLATES = -0.2
-"""Median correlation from which on downwards a layer oscillates, ..."""
+"""A layer oscillates if its median correlation is at most this, ..."""
 OFTEN_NEGATIVE = 0.6
-"""... and the share of steps with a negative correlation that it takes."""
+"""... and at least this share of its correlations is negative."""
 SELDOM_NEGATIVE = 0.1
-"""The share up to which gradients agree, ..."""
+"""Gradients agree if at most this share of correlations is negative, ..."""
 AGREES, SMOOTH = 0.3, 0.9
-"""... and the median correlations from which on they do, and training is smooth. Between `OSCILLATES`
-and `AGREES` they hardly agree: noise if all layers together do so too, else a mixture of both."""
+"""... and the median is at least the first of these; from the second on, training is smooth. Between
+`OSCILLATES` and `AGREES` they hardly agree: noise if that is true of all layers together, else mixed."""
+IN_PHASES = 1 / 3
+"""A correlation that changes sign less often than this, relative to independent signs, comes in phases: it
+is not noise, even if its median is near 0."""
 GROWS = 1.1
-"""Median growth of the gradient's norm in a step that makes oscillation a divergence. At the edge of
-stability it grows more slowly, until the curvature gives way."""
+"""Oscillation is a divergence if the gradient's norm grows by more than this factor in the median step. At
+the edge of stability it grows more slowly, until the curvature gives way."""
 FULL_BATCH = 0.98
-"""A headroom is told from this median correlation on: below, noise would pass for curvature."""
+"""A headroom is given only from this median correlation on: below, noise would pass for curvature. Updates
+that momentum has averaged are smooth from here on: in pure noise they correlate by the momentum, 0.9."""
 AMPLE = 20.0
-"""A larger headroom is not told as a number: the steps did not meet the curvature that limits the rate."""
+"""A larger headroom is not given as a number: the steps did not meet the curvature that limits the rate."""
 
 _STATES = {
     "diverges": "diverging",
     "edge": "oscillating",
-    "mixed": "between",
+    "mixed": "mixed",
     "noise": "in noise",
     "agrees": "agreeing",
     "smooth": "smooth",
@@ -60,7 +65,7 @@ class Row:
         negative: share of these pairs with mu < 0.
         step_curvature: median of the step times the curvature along it, 2 at the edge of stability; NaN where
             it does not follow from the record.
-        share: of the layer in the global dot product: mean over the steps of abs(dot) over its sum.
+        share: of the layer in the global dot product: mean over steps of abs(dot) over its sum over layers.
         state: "edge", "diverges", "smooth", "agrees", "mixed", "noise" or "unknown".
         hint: a sentence for people.
     """
@@ -80,11 +85,13 @@ class Summary:
     """A table; ``print`` shows it.
 
     Attributes:
+        what: was measured, such as "AdamW's updates".
         first, last: numbers of the first and last step looked at; -1 where there is none.
         overall: all layers together.
         layers: one row a layer.
     """
 
+    what: str
     first: int
     last: int
     overall: Row
@@ -92,7 +99,7 @@ class Summary:
 
     @property
     def tally(self) -> str:
-        """How many layers are in which state, the first few of those that oscillate by name."""
+        """How many layers are in which state; the first few of those that oscillate by name."""
         states = [row.state for row in self.layers]
         parts = []
         for state, text in _STATES.items():
@@ -116,7 +123,7 @@ class Summary:
             for line in lines
         )
         span = f"steps {self.first} to {self.last}" if self.first >= 0 else "no steps"
-        return "\n".join([f"{span}; {self.tally}", *table])
+        return "\n".join([f"{self.what[:1].upper() + self.what[1:]}, {span}; {self.tally}", *table])
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One line for each layer and one for all together, indexed by name, with the fields of :class:`Row`.
@@ -142,27 +149,24 @@ def summarise(history: History, last: int = 500) -> Summary:
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = sizes / np.nansum(sizes, axis=1, keepdims=True)
     along, along_all = step_curvature(recent)
-    remedies = _remedies(recent)
     room, room_all = _headroom(history)
-
-    whole = recent.global_correlation()
-    lost = _lost(history)
-    noisy = OSCILLATES < _median(whole) < AGREES
+    run = _Run.of(recent, _lost(history))
 
     def row(
         name: str, mu: np.ndarray, norms: np.ndarray, along: np.ndarray, room: float, share: float
     ) -> Row:
-        known = mu[np.isfinite(mu)]
-        state, hint = _judged(known, norms, room, remedies, recent.about.get("quantity"), noisy, lost)
+        evidence = _Evidence(mu[np.isfinite(mu)], norms, room, run)
+        state = _state(evidence)
+        hint = _HINTS[state](evidence)
         return Row(
             layer=name,
-            steps=len(known),
-            correlation=_median(known),
-            negative=float((known < 0).mean()) if len(known) else math.nan,
+            steps=len(evidence.mu),
+            correlation=evidence.median,
+            negative=evidence.negative,
             step_curvature=_median(along),
             share=share,
             state=state,
-            hint=hint,
+            hint=hint + run.advice if (name, state) == (ALL, "noise") else hint,
         )
 
     mu = recent.correlation()
@@ -171,10 +175,16 @@ def summarise(history: History, last: int = 500) -> Summary:
         for i, name in enumerate(recent.layer_names)
     )
     share = 1.0 if layers else math.nan
-    overall = row(ALL, whole, sq_norm.sum(1), along_all, room_all, share)
+    overall = row(ALL, recent.global_correlation(), sq_norm.sum(1), along_all, room_all, share)
     steps = recent.steps
     first, final = (int(steps[0]), int(steps[-1])) if len(steps) else (-1, -1)
-    return Summary(first, final, overall, layers)
+    return Summary(quantity(history), first, final, overall, layers)
+
+
+def quantity(history: History) -> str:
+    """What was measured, such as "gradients" or "AdamW's updates"."""
+    what, optimizer = history.about.get("quantity", "gradients"), history.about.get("optimizer")
+    return what if optimizer is None else f"{optimizer}'s {what}"
 
 
 def step_curvature(history: History) -> tuple[np.ndarray, np.ndarray]:
@@ -204,66 +214,156 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _judged(
-    mu: np.ndarray,
-    sq_norm: np.ndarray,
-    headroom: float,
-    remedies: str,
-    quantity: str | None,
-    noisy: bool,
-    lost: int | None,
-) -> tuple[str, str]:
-    """A state and what to tell of it.
+@dataclass(frozen=True)
+class _Run:
+    """What the hints of all layers depend on.
 
-    Args:
-        mu: correlations, none of them NaN.
-        noisy: whether all layers together hardly agree: noise is in all layers, or it is none.
+    Attributes:
+        what: "gradients" or "updates".
+        plain: whether every step was along the gradient: no momentum, no other optimizer.
+        noisy: whether the gradients of all layers together hardly agree: noise is in all layers or in none.
         lost: the last step with a finite gradient in any layer, if later ones have none.
+        remedies: what helps against oscillation.
     """
-    if lost is not None:
-        return "diverges", f"diverged: no finite {quantity or 'gradients'} after step {lost}: {remedies}"
-    count, what = len(mu), "updates" if quantity == "updates" else "gradients"
-    if count < MIN_STEPS:
-        return "unknown", f"not enough steps: {count} pairs are known, {MIN_STEPS} are needed"
-    median, negative = float(np.median(mu)), float((mu < 0).mean())
-    if median <= OSCILLATES and negative >= OFTEN_NEGATIVE:
-        share = f"in {100 * negative:.0f} % of the last {count} steps"
+
+    what: str
+    plain: bool
+    noisy: bool
+    lost: int | None
+    remedies: str
+
+    @classmethod
+    def of(cls, recent: History, lost: int | None) -> _Run:
+        what = "updates" if recent.about.get("quantity") == "updates" else "gradients"
+        mu = recent.global_correlation()
+        known = mu[np.isfinite(mu)]
+        noisy = what == "gradients" and OSCILLATES < _median(known) < AGREES and not _in_phases(known)
+        plain = recent.about.get("plain", True) and not np.isfinite(recent.momentum_sq_norm).any()
+        return cls(what, plain, noisy, lost, _remedies(recent))
+
+    @property
+    def advice(self) -> str:
+        """Against noise; plain updates are the gradients' multiples and show nothing else."""
+        return "; a larger batch shows more" if self.plain else "; look at update correlations"
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What is known of a layer.
+
+    Attributes:
+        mu: its known correlations.
+        sq_norm: its squared norms at all steps.
+        headroom: see :func:`_headroom`.
+    """
+
+    mu: np.ndarray
+    sq_norm: np.ndarray
+    headroom: float
+    run: _Run
+
+    @property
+    def median(self) -> float:
+        return _median(self.mu)
+
+    @property
+    def negative(self) -> float:
+        return float((self.mu < 0).mean()) if len(self.mu) else math.nan
+
+    @property
+    def growth(self) -> float:
+        """Of the norm in the median step."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            growth = np.sqrt(sq_norm[1:] / sq_norm[:-1])
-        if _median(growth) > GROWS:
-            return "diverges", f"diverges: {what} turn round {share} and grow: {remedies}"
-        if what == "updates":
-            return "edge", f"adjacent updates undo each other {share}: {remedies}"
-        return "edge", f"oscillates at the edge of stability {share}: {remedies}"
-    if median >= AGREES and negative > SELDOM_NEGATIVE:
-        return (
-            "mixed",
-            f"{what} turn round in {100 * negative:.0f} % of the last {count} steps and agree in most",
-        )
-    if median >= SMOOTH:
-        reason = f"smooth: mu > {math.floor(100 * median) / 100:.2f}" if median < 1 else "smooth: mu = 1"
-        if what == "updates" or not math.isfinite(headroom) or median < FULL_BATCH:
-            return "smooth", reason
-        if headroom < 1.5:
-            return "smooth", f"{reason}: earlier steps met the edge at about this rate"
-        if headroom > AMPLE:
-            return "smooth", f"{reason}: the rate can grow: the edge is not in sight"
-        return "smooth", f"{reason}: the rate can grow about {headroom:.2g}x before the edge"
-    if median >= AGREES:
-        return "agrees", f"adjacent {what} agree (mu {median:+.2f}) without oscillating"
-    hardly = f"adjacent {what} hardly agree (mu {median:+.2f})"
-    if what == "updates" or not noisy or median <= OSCILLATES:
-        return "mixed", f"{hardly}: neither smooth nor oscillating"
-    return "noise", f"noise, if these are mini-batches: {hardly}; look at update correlations"
+            return _median(np.sqrt(self.sq_norm[1:] / self.sq_norm[:-1]))
+
+    @property
+    def often(self) -> str:
+        return f"in {100 * self.negative:.0f} % of the last {len(self.mu)} steps"
+
+
+def _state(known: _Evidence) -> str:
+    """A key of `_STATES`."""
+    if known.run.lost is not None:
+        return "diverges"
+    if len(known.mu) < MIN_STEPS:
+        return "unknown"
+    if known.median <= OSCILLATES and known.negative >= OFTEN_NEGATIVE:
+        return "diverges" if known.growth > GROWS else "edge"
+    if known.median >= AGREES and known.negative <= SELDOM_NEGATIVE:
+        averaged = known.run.what == "updates" and not known.run.plain
+        return "smooth" if known.median >= (FULL_BATCH if averaged else SMOOTH) else "agrees"
+    hardly = OSCILLATES < known.median < AGREES
+    return "noise" if hardly and known.run.noisy and not _in_phases(known.mu) else "mixed"
+
+
+def _in_phases(mu: np.ndarray) -> bool:
+    """Whether `mu` (none of them NaN) changes sign much less often than independent values would."""
+    if len(mu) < MIN_STEPS:
+        return False
+    negative = mu < 0
+    changes, share = (negative[1:] != negative[:-1]).mean(), negative.mean()
+    return bool(changes < IN_PHASES * 2 * share * (1 - share))
+
+
+def _diverges(known: _Evidence) -> str:
+    run = known.run
+    if run.lost is not None:
+        return f"diverged: no finite {run.what} after step {run.lost}: {run.remedies}"
+    return f"diverges: {run.what} reverse {known.often} and grow: {run.remedies}"
+
+
+def _edge(known: _Evidence) -> str:
+    if known.run.what == "updates":
+        return f"adjacent updates undo each other {known.often}: {known.run.remedies}"
+    return f"oscillates at the edge of stability {known.often}: {known.run.remedies}"
+
+
+def _smooth(known: _Evidence) -> str:
+    median, room = known.median, known.headroom
+    reason = f"smooth: mu > {math.floor(100 * median) / 100:.2f}" if median < 1 else "smooth: mu = 1"
+    if known.run.what == "updates" or not math.isfinite(room) or median < FULL_BATCH:
+        return reason
+    if room < 1.5:
+        return f"{reason}: earlier steps met the edge at about this rate"
+    if room > AMPLE:
+        return f"{reason}: the rate can grow: the edge is not in sight"
+    return f"{reason}: the rate can grow about {room:.2g}x before the edge"
+
+
+def _agrees(known: _Evidence) -> str:
+    if known.run.what == "updates" and not known.run.plain:
+        return f"adjacent updates agree, as a momentum of {known.median:.2f} makes them even in pure noise"
+    return f"adjacent {known.run.what} agree without oscillating"
+
+
+def _mixed(known: _Evidence) -> str:
+    what = known.run.what
+    if _in_phases(known.mu):
+        ending = "and still at the end" if _median(known.mu[-5:]) < 0 else "but no longer at the end"
+        return f"in phases: {what} reverse {known.often}, {ending}"
+    if known.median >= AGREES:
+        return f"{what} reverse {known.often} and agree in most"
+    return f"adjacent {what} hardly agree: neither smooth nor oscillating"
+
+
+_HINTS: dict[str, Callable[[_Evidence], str]] = {
+    "diverges": _diverges,
+    "edge": _edge,
+    "mixed": _mixed,
+    "noise": lambda known: "noise, if these are mini-batches: adjacent gradients hardly agree",
+    "agrees": _agrees,
+    "smooth": _smooth,
+    "unknown": lambda known: f"not enough steps: {len(known.mu)} pairs are known, {MIN_STEPS} are needed",
+}
 
 
 def _headroom(history: History) -> tuple[np.ndarray, float]:
     """How many times larger the step could be before the edge, (L,), and of all layers together.
 
     ||g_t - g_{t-1}|| / ||g_{t-1}|| is the step times ||H u||, u the direction of the step: at most the step
-    times the sharpness. Its largest in the whole record counts, as smooth training leaves the directions of
-    large curvature soon, so that recent steps do not meet it; the sharpness may have changed since then. NaN
-    where no curvature follows.
+    times the sharpness. Its largest value in the whole record counts, as smooth training soon leaves the
+    directions of large curvature, so that recent steps do not meet them; the sharpness may have changed since
+    then. NaN where the record gives no curvature.
     """
     along, along_all = step_curvature(history)
     step, rates = history.prev_step_size, history.prev_lr
@@ -288,7 +388,7 @@ def _lost(history: History) -> int | None:
 
 
 def _remedies(history: History) -> str:
-    """What helps against oscillation, where it is not there already."""
+    """What helps against oscillation and is not in use yet."""
     about = history.about
     own, plain = about.get("optimizer", "OscGD") == "OscGD", about.get("plain", True)
     remedies = ["a smaller rate here"]

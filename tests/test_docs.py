@@ -1,4 +1,4 @@
-"""The snippets of docs/guide.md, run from top to bottom, and the commands of all pages."""
+"""The snippets of docs/guide.md, run from top to bottom; the commands and links of all pages."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ COMMAND = re.compile(
     r"(?:benchmarks/(\w+\.py)|(-m oscopt[\w.]+))((?: [^`\n#]*)?)",
     re.M,
 )
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/measured/compare.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 SMALLEST = {
     "run.py": "... --dataset mnist5k --n-train 32 --micro-batch 32 --width 4 --epochs 1 --threads 1",
@@ -149,3 +149,36 @@ def test_other_commands_are_started_elsewhere():
 def test_all_scripts_have_a_command_on_a_page():
     scripts = {command.split()[0] for command in commands()}
     assert scripts == {"-m", "throughput.py", "reproduce.py", *SMALLEST}
+
+
+# ---- links -----------------------------------------------------------------------------------------------
+
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as the sites that show Markdown make them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links():
+    """Each leads to a file of the repository, and to a heading where it says so."""
+    count = 0
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        for target, heading in LINK.findall(page.read_text()):
+            if not target.startswith("https://"):
+                linked = (page.parent / target) if target else page
+                assert linked.exists(), (page.name, target)
+                assert not heading or heading in anchors(linked), (page.name, target, heading)
+                count += 1
+    assert count > 30
+
+
+def test_what_was_measured():
+    """Data and pictures only, each linked from a page."""
+    linked = {
+        (page.parent / target).resolve() for page in PAGES for target, _ in LINK.findall(page.read_text())
+    }
+    for path in (ROOT / "docs" / "measured").iterdir():
+        assert path.suffix in (".csv", ".png") and path in linked, path.name

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import UserError
+from .errors import UserError, reason
 
 MOST = 10**9
 """The largest number that an option takes, if it says nothing else."""
@@ -140,7 +140,7 @@ def writable_folder(option: str, path: str | os.PathLike) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror}; give a folder that can be written") from None
+        raise UserError(f"{option} {path}: {reason(error)}; give a folder that can be written") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"{option} {path}: it cannot be written; give another folder")
     return folder

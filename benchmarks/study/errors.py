@@ -5,6 +5,15 @@ class UserError(Exception):
     """Something that the user can mend; the message says what and how. Exit code 2."""
 
 
+def reason(error: OSError) -> str:
+    """Why a folder cannot be made or a file cannot be written, for people."""
+    if isinstance(error, FileExistsError):
+        return "it is a file"
+    if isinstance(error, NotADirectoryError):
+        return "a file is where a folder of this path should be"
+    return error.strerror or str(error)
+
+
 class Diverged(Exception):
     """The loss is no longer finite. Exit code 3."""
 

@@ -24,7 +24,7 @@ from oscopt import report as page
 from .config import WINDOW, Config
 from .rules import Record, phase_signs
 
-MAP = page.colour_map()
+MAP = plot.colour_map()
 _DASHES = ("-", "--", "-.", ":")
 _COLOURS, _STYLE = page.LINE_COLOURS, page.STYLE
 _EPOCHS, _LAGS = 240, 40  # of a recurrence plot, and of a plot of lags

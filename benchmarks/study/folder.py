@@ -16,7 +16,7 @@ import torch
 from oscopt import atomic
 
 from .config import Config
-from .errors import UserError
+from .errors import UserError, reason
 from .experiments import check_experiments
 
 CONFIG, EPOCHS, VERDICT = "config.json", "epochs.csv", "verdict.json"
@@ -43,7 +43,7 @@ class Folder:
             self._lock = open(self.path / _LOCK, "a+")
         except OSError as error:
             raise UserError(
-                f"--out {self.path}: {error.strerror}; give a folder that can be written"
+                f"--out {self.path}: {reason(error)}; give a folder that can be written"
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -245,7 +245,11 @@ def test_no_target_and_divergence_have_their_words(tmp_path):
         (["--limits", "--generalize"], "not allowed with argument"),
         (["--batch", "0"], "is not a whole number greater than 0"),
         (["--seeds", "0,x"], "'x' is not a whole number"),
-        (["--out", "/dev/null/x"], "give a folder that can be written"),
+        (["--out", "/dev/null"], "--out /dev/null: it is a file; give a folder that can be written"),
+        (
+            ["--out", "/dev/null/x"],
+            "--out /dev/null/x: a file is where a folder of this path should be; give a",
+        ),
     ],
     ids=str,
 )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,3 +73,39 @@ def test_several_writers_of_one_file(tmp_path):
         writer.join()
         assert writer.exitcode == 0
     assert seen and os.listdir(tmp_path) == ["array.npy"]
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    """Not the hidden one; what is there stays."""
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "hidden")
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(PermissionError, match="Permission denied: '.*/history.npz'"):
+        History().save(tmp_path / "history.npz")
+    monkeypatch.undo()
+    for path, error in (
+        (tmp_path, IsADirectoryError),
+        ("", IsADirectoryError),
+        ("none/a", FileNotFoundError),
+    ):
+        with pytest.raises(error) as raised:
+            History().save(path)
+        assert raised.value.filename == str(Path(path))
+    assert not os.listdir(tmp_path)
+
+
+WRITE = """
+import sys
+from oscopt import atomic
+with atomic.writing(sys.argv[1], "w") as file:
+    file.write(chr(0x2212) + chr(0xd7))
+"""
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "a")]
+    subprocess.run(command, check=True, env=os.environ | ascii_only)
+    assert (tmp_path / "a").read_bytes().decode("utf-8") == "−×"

@@ -65,7 +65,7 @@ def test_plot_heatmap(plot, steps):
         append(history, t, row, lr=1.0)
     ax = plot.plot_heatmap(history, window=None)
     image = ax.collections[0].get_array()
-    assert image.shape == (2, min(steps, 800)) and (image[0] == 1.0).all() and (image[1, 1:] == -1.0).all()
+    assert image.shape == (2, min(steps, 600)) and (image[0] == 1.0).all() and (image[1, 1:] == -1.0).all()
     assert [text.get_text() for text in ax.get_yticklabels()] == ["first", "last"]
     with pytest.raises(ValueError, match="holds no steps yet"):
         plot.plot_heatmap(History())

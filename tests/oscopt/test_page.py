@@ -33,7 +33,7 @@ def waves(steps: int, layers: int) -> History:
     rows[0, 0] = np.nan
     rows[:, 4:6] = np.nan  # no momentum
     history = History(limit=None)
-    history.add_layers([f"block{k}.<conv>" for k in range(layers)])
+    history.add_layers([f"model.encoder.layers.block{k}.<conv>" for k in range(layers)])
     rates = np.broadcast_to(0.1, (steps, layers))
     for start in range(0, steps, 256):
         part = slice(start, start + 256)
@@ -58,9 +58,10 @@ def train(model: nn.Module, optimizer, steps: int = 40) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1400])
 def test_in_a_browser(tmp_path, width):
-    """No errors, nothing wider than the window, panels that can be read, values on hover."""
+    """No errors, nothing wider than the window, panels and names that can be read, values on hover."""
     history = waves(90, 41)
     script = """
+      const texts = (selector) => [...inner.document.querySelectorAll(selector)].map((e) => e.textContent);
       const root = inner.document.documentElement;
       const panels = [...inner.document.querySelectorAll(".panels figure")];
       const canvas = inner.document.querySelector(".heat canvas");
@@ -70,10 +71,17 @@ def test_in_a_browser(tmp_path, width):
       return [inner.errors.length, root.scrollWidth <= inner.innerWidth,
         Math.min(...panels.map((p) => p.getBoundingClientRect().width)) > 280,
         inner.document.querySelectorAll("table.layers tr").length,
+        inner.document.querySelector(".rows").offsetWidth > 0,
+        texts(".rows span").slice(0, 2), texts(".ticks span"),
         inner.document.querySelector(".heat output").textContent];
     """
     value = f"{history.correlation(5)[30, 7]:+.2f}".replace("-", "−")
-    expected = f'[0,true,true,43,"block7.<conv>, step 30: {value}"]'
+    names = '["…encoder.layers.block0.<conv>","…encoder.layers.block2.<conv>"]'  # of every second row
+    shown = str(width == 1400).lower()
+    ticks = '["0","22","44","66","89"]'
+    expected = (
+        f'[0,true,true,43,{shown},{names},{ticks},"model.encoder.layers.block7.<conv>, step 30: {value}"]'
+    )
     assert browse(record_page([history]), tmp_path, script, width) == expected
 
 
@@ -104,9 +112,22 @@ def test_what_is_on_it(tmp_path):
         "adam": [False, False, False, False],
     }
     assert "Mine &amp; &lt;yours&gt;" in pages["plain"] and "<yours>" not in pages["plain"]
-    assert "Updates of AdamW" in pages["adam"] and pages["adam"].count("<canvas") == 2
+    assert "AdamW&#x27;s updates" in pages["adam"] and pages["adam"].count("<canvas") == 2
     for page in pages.values():
         assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(["']?http""", page)
+
+
+def test_curvature_between_mini_batches_is_called_noise():
+    model, notes = net(), []
+    for batches in (1, 8):
+        optimizer = OscGD(model.named_parameters(), lr=1e-3, backend="torch")
+        for step in range(60):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step % batches))
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), x[:, :2].sign()).backward()
+            optimizer.step()
+        notes.append("mostly noise" in record_page([optimizer.history]))
+    assert notes == [False, True]
 
 
 @pytest.mark.parametrize(("steps", "layers"), [(30_000, 20), (40, 6000), (1, 1), (2, 3)])
@@ -163,6 +184,42 @@ def test_command(tmp_path, capsys):
     assert "none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("report h.npz .", ".: it is a folder; give the name of a file"),
+        ("report h.npz folder", "folder: it is a folder; give the name of a file"),
+        (
+            "report h.npz none/page.html",
+            "none/page.html: its folder is not there; create it, or give another one",
+        ),
+        ("report h.npz h.npz/page.html", "h.npz/page.html: h.npz is no folder; give another one"),
+        ("report h.npz h.npz", "'h.npz' is the record itself; give another file for the page"),
+        ("report none", "none: there is no such record; give a file or folder"),
+        ("report empty.npz", "the history holds no steps yet; there is nothing to show"),
+        ("summary folder", "'folder' is no history: it holds no files of steps"),
+        ("summary other.npz", "'other.npz' is no history: it lacks 'format'"),
+        ("summary odd.npz", "'odd.npz' is no history, or a damaged one: "),
+        ("summary text", "'text' is no history, or a damaged one: "),
+        ("summary h.npz --last 0", "Invalid last: 0; use a number of steps, 1 or more"),
+    ],
+)
+def test_errors_of_the_command(tmp_path, monkeypatch, capsys, arguments, said):
+    """One line with the value and the remedy; nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    waves(30, 2).save("h.npz")
+    History().save("empty.npz")
+    np.savez("other.npz", a=np.zeros(3))
+    np.savez("odd.npz", format=np.ones(2), steps=np.zeros(3), layer_names=np.zeros(3))
+    Path("text").write_text("text")
+    Path("folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(arguments.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"oscopt: {said}")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "few"),
@@ -170,10 +227,14 @@ def test_command(tmp_path, capsys):
         ("full_batch", ["--steps", "40"]),
         ("monitor_adamw", ["--epochs", "2"]),
         ("adaptation", ["--steps", "40"]),
+        ("hugging_face", ["--steps", "25"]),
+        ("lightning_module", ["--epochs", "2"]),
     ],
 )
 def test_examples(name, few, tmp_path):
+    if name in ("hugging_face", "lightning_module"):
+        pytest.importorskip("transformers" if name == "hugging_face" else "lightning")
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *few, "--out", str(tmp_path / "page.html")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "</html>" in (tmp_path / "page.html").read_text()

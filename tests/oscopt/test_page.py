@@ -18,6 +18,7 @@ from torch import nn
 from oscopt import History, OscGD, OscMonitor
 from oscopt.__main__ import main
 from oscopt.report import binned, record_page
+from oscopt.rows import Rows
 
 pytest.importorskip("matplotlib")
 
@@ -34,10 +35,7 @@ def waves(steps: int, layers: int) -> History:
     rows[:, 4:6] = np.nan  # no momentum
     history = History(limit=None)
     history.add_layers([f"model.encoder.layers.block{k}.<conv>" for k in range(layers)])
-    rates = np.broadcast_to(0.1, (steps, layers))
-    for start in range(0, steps, 256):
-        part = slice(start, start + 256)
-        history.extend(t[part, 0], rows[part], rates[part], rates[part])
+    history.extend(Rows(t[:, 0], rows, np.full((steps, 2, layers), 0.1)))
     return history
 
 

@@ -269,13 +269,26 @@ def markdown(outcomes: Sequence, lines: Sequence[str]) -> str:
     from study.report import number
 
     text = [*lines, ""]
-    text += ["| experiment | claim: rule | measured, by seed | held |", "|---|---|---|---|"]
+    text += ["| experiment | held of judged, by seed | not held | otherwise with 80 % of the epochs |"]
+    text += ["|---|---|---|---|"]
+    for outcome in outcomes:
+        counts = [f"{sum(v.held for v in verdicts)} of {len(verdicts)}" for verdicts in outcome.verdicts]
+        row = TABLE[outcome.id]
+        what = f"{outcome.id} ({outcome.settings.model}; {row.title})"
+        failed = _failures(outcome, lambda v: not v.held)
+        unsettled = _failures(outcome, lambda v: not v.settled)
+        text.append(f"| {what} | {', '.join(counts)} | {failed} | {unsettled} |")
+    text += ["", "<details><summary>Every claim, every number</summary>", ""]
+    text += ["| experiment | claim: rule | measured, by seed | held | same with 80 % of the epochs |"]
+    text += ["|---|---|---|---|---|"]
     for outcome in outcomes:
         for i, verdict in enumerate(outcome.verdicts[0] if outcome.verdicts else ()):
             of_seeds = [verdicts[i] for verdicts in outcome.verdicts]
             measured = ", ".join(number(v.measured) for v in of_seeds)
             held = f"{sum(v.held for v in of_seeds)} of {len(of_seeds)}"
-            text.append(f"| {outcome.id} | {verdict.claim}: {verdict.rule} | {measured} | {held} |")
+            same = f"{sum(v.settled for v in of_seeds)} of {len(of_seeds)}"
+            text.append(f"| {outcome.id} | {verdict.claim}: {verdict.rule} | {measured} | {held} | {same} |")
+    text += ["", "</details>", "", "<details><summary>Settings of the runs</summary>"]
     text += ["", "| experiment | settings | ended |", "|---|---|---|"]
     for outcome in outcomes:
         c = outcome.settings
@@ -287,7 +300,17 @@ def markdown(outcomes: Sequence, lines: Sequence[str]) -> str:
             f"| {outcome.id}{same} | {c.name}, {size}{width}, micro-batch {c.micro_batch}, {c.epochs} epochs "
             f"| {states} |"
         )
-    return "\n".join(text) + "\n"
+    return "\n".join([*text, "", "</details>"]) + "\n"
+
+
+def _failures(outcome, fails: Callable) -> str:
+    """The claims that `fails` in some seeds, with how many these are if not all."""
+    told = []
+    for of_seeds in zip(*outcome.verdicts, strict=True):
+        if count := sum(map(fails, of_seeds)):
+            part = f" ({count} of {len(of_seeds)})" if count < len(of_seeds) else ""
+            told.append(f"{of_seeds[0].claim}{part}")
+    return ", ".join(told)
 
 
 def show(outcomes: Sequence) -> None:

@@ -3,6 +3,10 @@
     python benchmarks/reproduce.py
     python benchmarks/reproduce.py --only fig2,fig4 --seeds 0,1,2 --jobs 2
     python benchmarks/reproduce.py --preset paper --data-root data
+    python benchmarks/reproduce.py --preset paper --estimate
+
+--estimate makes no run: it times a few passes of each net and tells hours, memory and disk of every run here,
+in the order in which they would be made.
 
 Runs that are finished are skipped, broken ones resumed; repeat the command to go on after an interruption.
 Ends with a table of all claims, in --out also as results.json, results.md and report.html with all figures.
@@ -17,6 +21,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -67,6 +72,7 @@ def parser() -> Parser:
         "--out", type=filled, metavar="DIR", help="folder of all runs (default: runs/reproduce-PRESET)"
     )
     p.add_argument("--overwrite", action="store_true", help="make all runs anew")
+    p.add_argument("--estimate", action="store_true", help="only tell what this would take on this machine")
     p.add_argument(
         "--markdown", type=filled, metavar="FILE", help="also put the table into this file, between its marks"
     )
@@ -108,6 +114,19 @@ class Job:
         except (OSError, ValueError, KeyError, TypeError):
             return "broken"
         return state if state in ("finished", "diverged") else "broken"
+
+    def left(self, overwrite: bool) -> int:
+        """How many epochs are still to be made."""
+        from study.folder import VERDICT
+
+        state = "new" if overwrite else self.state()
+        if state in ("finished", "diverged"):
+            return 0
+        try:  # an interrupted run has written how far it came
+            done = int(json.loads((self.path / VERDICT).read_text())["epochs"]) if state == "broken" else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            done = 0
+        return max(0, self.config.epochs - done)
 
     def command(self, options: argparse.Namespace) -> list[str]:
         """The command that makes the run, or goes on with it."""
@@ -199,6 +218,55 @@ class Runner:
             log = (self._logs / f"{job.path.name}.log").read_text(errors="replace").strip().splitlines()
             self.failures[job] = log[-1] if log else f"exit code {process.returncode}"
             self._say(f"{count} {job.name}: failed: {self.failures[job]}")
+
+
+# ---- what it would take ------------------------------------------------------------------------------------
+
+
+def tell(options: argparse.Namespace, jobs: Sequence[Job], out: Path) -> int:
+    """Print hours, memory and disk of the runs that are left, in their order; one of each shape is timed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from study.estimate import Estimate, estimate
+
+    table = Table("", "run", "epochs", "s an epoch", "hours", "memory, GiB", "disk, MiB", "")
+    known: dict[Config, Estimate] = {}
+    hours, disk, stuck = 0.0, 0, 0
+    for number, job in enumerate(jobs, start=1):
+        left = job.left(options.overwrite)
+        shape = replace(job.config, experiment="", lr=1e-9, seed=0)
+        if left and shape not in known:
+            print(f"timing {job.name}", file=sys.stderr, flush=True)
+            known[shape] = estimate(shape, options.data_root, beside=options.jobs)
+        if not left:
+            table.add_row(str(number), job.name, "0", "", "", "", "", "finished before")
+            continue
+        found = known[shape]
+        stuck += bool(found.problem)
+        disk += found.disk
+        its_hours = found.seconds * left / 3600
+        hours += 0.0 if found.problem else its_hours
+        told = (
+            f"{found.seconds:.3g}",
+            f"{its_hours:.3g}",
+            f"{found.peak / 2**30:.1f}",
+            f"{found.disk / 2**20:.0f}",
+        )
+        why = f"cannot run here: {found.problem}" if found.problem else found.note
+        table.add_row(str(number), job.name, str(left), *told, why)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(f"{hours / options.jobs:.3g} hours in all with --jobs {options.jobs}; {_room(disk, out)}")
+    if stuck:
+        print(f"{stuck} of {len(jobs)} runs cannot be made here; leave them out with --only")
+    return 0
+
+
+def _room(disk: int, out: Path) -> str:
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    enough = "" if disk <= free else ", which is not enough: give another --out"
+    return f"{disk / 2**30:.2f} GiB on the disk of {out}, where {free / 2**30:.1f} are free{enough}"
 
 
 # ---- results -----------------------------------------------------------------------------------------------
@@ -409,6 +477,8 @@ def _main(options: argparse.Namespace) -> int:
     check_device(device)
     out = Path(options.out or f"runs/reproduce-{preset}")
     rows, jobs = plan(options, preset, device, out)
+    if options.estimate:
+        return tell(options, list(jobs.values()), out)
     root = Folder(out)
     try:
         return _reproduce(options, preset, rows, jobs, root, target)

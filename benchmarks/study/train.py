@@ -48,17 +48,26 @@ class Trainer:
         progress: loss, accuracy and sharpness (NaN: not asked for) before each step, the step's seconds.
         matrices: epoch -> {"global": (h, h), "first": ..., "last": ...} of the windows so far.
         sketcher: keeps a sketch of each epoch's whole gradient, beside what `meter` measures exactly.
+
+    Args:
+        data_root: folder of the datasets.
+        ranks: the processes that share the run.
+        loaded: pictures and labels, in place of those that `config` names.
     """
 
     def __init__(
-        self, config: Config, data_root: str | None = None, ranks: parallel.Ranks | None = None
+        self,
+        config: Config,
+        data_root: str | None = None,
+        ranks: parallel.Ranks | None = None,
+        loaded: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.ranks = ranks or parallel.Ranks()
         torch.set_num_threads(config.threads)
         _set_precision(config)
         self.config = config
         self.device = self.ranks.device(config.device)
-        pictures, labels = data.load(
+        pictures, labels = loaded or data.load(
             config.dataset, config.n_train, config.image_size, data_root, config.seed
         )
         channels, side = pictures.shape[1], pictures.shape[-1]

@@ -67,7 +67,7 @@ def parser() -> Parser:
         metavar="N",
         help="pictures at a time, at most: all parts are of one size, or differ by one picture",
     )
-    settings.add_argument("--layers", choices=LAYERS)
+    settings.add_argument("--layers", choices=LAYERS, help="what is measured together (default: module)")
     settings.add_argument("--seed", type=integer)
     settings.add_argument("--device", type=filled, help="cpu, cuda, cuda:1, ...")
     settings.add_argument("--threads", type=threads, help="of the CPU")

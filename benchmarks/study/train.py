@@ -269,8 +269,11 @@ class Trainer:
     def _attach(self, history: History, update_history: History, recurrence: History) -> None:
         """Make the optimizer and what measures its gradients, and its updates if they differ."""
         config, model = self.config, self.model
+        layers: str | dict[str, str] = config.layers
+        if layers == "block":
+            layers = {name: models.block_of(config.model, name) for name, _ in model.named_parameters()}
         if config.optimizer == "oscgd":
-            own = OscGD(model.named_parameters(), lr=config.lr, layers=config.layers, history=history)
+            own = OscGD(model.named_parameters(), lr=config.lr, layers=layers, history=history)
             self.optimizer, self.meter = own, own
         else:
             kind = OTHERS.get(config.optimizer, torch.optim.SGD)
@@ -279,7 +282,7 @@ class Trainer:
                 self.optimizer,
                 model.named_parameters(),
                 ("grad", "update") if config.optimizer in OTHERS else "grad",
-                layers=config.layers,
+                layers=layers,
                 history=history,
                 update_history=update_history,
             )

@@ -129,7 +129,8 @@ def claims_table(verdicts: Sequence[Verdict]) -> str:
     rows = "".join(
         f"<tr><td>{v.claim}<small>{_text(RULES[v.claim].says)}</small></td><td>{_text(v.rule)}</td>"
         f'<td class="number">{number(v.measured)}</td>'
-        f'<td class="{"yes" if v.held else "no"} number">{"held" if v.held else "not held"}</td>'
+        f'<td class="{"yes" if v.held else "no"} number">{"held" if v.held else "not held"}'
+        f"{f'<small>{_text(v.why)}</small>' if v.why else ''}</td>"
         f'<td class="number">{"yes" if v.settled else "no"}</td></tr>'
         for v in verdicts
     )

@@ -92,6 +92,7 @@ class Verdict:
     Attributes:
         measured: NaN where the run cannot tell, which holds nothing.
         settled: whether the first 80 % of the epochs (:data:`SHORTER`) give the same verdict.
+        why: the reason in a few words, where it is not held.
     """
 
     claim: str
@@ -99,6 +100,7 @@ class Verdict:
     measured: float
     held: bool
     settled: bool
+    why: str = ""
 
 
 SHORTER = 0.8
@@ -378,8 +380,22 @@ def judge(claims: Sequence[str], record: Record) -> list[Verdict]:
         value = _measure(rule, whole)
         held = rule.holds(value)
         settled = held == rule.holds(_measure(rule, shorter))
-        verdicts.append(Verdict(claim, rule.text, value, held, settled))
+        why = "" if held else _why(rule, value, stretches(whole.windowed))
+        verdicts.append(Verdict(claim, rule.text, value, held, settled, why))
     return verdicts
+
+
+def _why(rule: Rule, value: float, found: Sequence[Stretch]) -> str:
+    """In a few words, why the claim is not held by a run of these stretches."""
+    if rule.quantity.startswith("median w"):
+        if np.isfinite(value):
+            same = np.sign(value) == np.sign(rule.bound)
+            return "in the paper's direction, but less than the bound" if same else "the other way round"
+        if rule.measure is _until_oscillation_ends and any(stretch.sign < 0 for stretch in found):
+            return "it oscillates after a smooth beginning, and no end of that is in the run"
+        only = "smooth" if found and found[0].sign > 0 else "oscillating"
+        return f"{only} to the end of the run" if found else "too short or too noisy a run for any stretch"
+    return "" if np.isfinite(value) else "the run cannot tell"
 
 
 def _measure(rule: Rule, curves: Curves) -> float:

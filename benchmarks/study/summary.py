@@ -46,12 +46,15 @@ def summarise(record: Record, verdicts: list[Verdict]) -> list[str]:
             if len(values):
                 text = f"{np.median(values):+.3f} (median), {(values < 0).mean():.0%} of the epochs negative"
                 lines.append(f"layer {name:<16} {text}")
-    lines += [
-        f"{'held    ' if v.held else 'not held'}      {v.claim}: {v.rule}: {v.measured:.3g}"
-        f"{'' if v.settled else ' (not so with the first 80 % of the epochs)'}"
-        for v in verdicts
-    ]
-    return lines
+    return lines + [_line(verdict) for verdict in verdicts]
+
+
+def _line(v: Verdict) -> str:
+    found = "held    " if v.held else "not held"
+    remarks = [v.why] if v.why else []
+    remarks += [] if v.settled else ["otherwise with the first 80 % of the epochs"]
+    told = f" ({'; '.join(remarks)})" if remarks else ""
+    return f"{found}      {v.claim}: {v.rule}: {v.measured:.3g}{told}"
 
 
 def _in_words(found: Sequence[Stretch], windowed: np.ndarray) -> str:

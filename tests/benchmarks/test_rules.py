@@ -242,6 +242,27 @@ def test_an_oscillation_after_a_smooth_beginning_is_first_only_if_it_ends():
         assert verdict.measured == pytest.approx(value, nan_ok=True) and verdict.held == (value < 0)
 
 
+@pytest.mark.parametrize(
+    "claim, correlations, why",
+    [
+        ("oscillates_first", SWITCH, ""),
+        ("oscillates_first", [-0.3] * 40 + [0.99] * 30, "in the paper's direction, but less than the bound"),
+        ("oscillates_first", [0.99] * 40 + SWITCH, "the other way round"),
+        (
+            "oscillates_first",
+            OTHER,
+            "it oscillates after a smooth beginning, and no end of that is in the run",
+        ),
+        ("stable_later", [-0.8] * 60, "oscillating to the end of the run"),
+        ("oscillates_later", [0.9] * 60, "smooth to the end of the run"),
+        ("smooth_first", [0.01] * 60, "too short or too noisy a run for any stretch"),
+    ],
+)
+def test_what_is_not_held_has_a_reason(claim, correlations, why):
+    (verdict,) = rules.judge((claim,), record(correlations))
+    assert (verdict.held, verdict.why) == (not why, why)
+
+
 def test_verdicts_of_the_first_epochs():
     """The last fifth of the run decides: 80 % of it say something else."""
     (early,) = rules.judge(("stable_later",), record([-0.8] * 60 + [0.99] * 40))

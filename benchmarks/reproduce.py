@@ -3,6 +3,10 @@
     python benchmarks/reproduce.py
     python benchmarks/reproduce.py --only fig2,fig4 --seeds 0,1,2 --jobs 2
     python benchmarks/reproduce.py --preset paper --data-root data
+    python benchmarks/reproduce.py --preset paper --estimate
+
+--estimate makes no run: it times a few passes of each net and tells hours, memory and disk of every run here,
+in the order in which they would be made.
 
 Runs that are finished are skipped, broken ones resumed; repeat the command to go on after an interruption.
 Ends with a table of all claims, in --out also as results.json, results.md and report.html with all figures.
@@ -17,6 +21,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -67,6 +72,7 @@ def parser() -> Parser:
         "--out", type=filled, metavar="DIR", help="folder of all runs (default: runs/reproduce-PRESET)"
     )
     p.add_argument("--overwrite", action="store_true", help="make all runs anew")
+    p.add_argument("--estimate", action="store_true", help="only tell what this would take on this machine")
     p.add_argument(
         "--markdown", type=filled, metavar="FILE", help="also put the table into this file, between its marks"
     )
@@ -108,6 +114,19 @@ class Job:
         except (OSError, ValueError, KeyError, TypeError):
             return "broken"
         return state if state in ("finished", "diverged") else "broken"
+
+    def left(self, overwrite: bool) -> int:
+        """How many epochs are still to be made."""
+        from study.folder import VERDICT
+
+        state = "new" if overwrite else self.state()
+        if state in ("finished", "diverged"):
+            return 0
+        try:  # an interrupted run has written how far it came
+            done = int(json.loads((self.path / VERDICT).read_text())["epochs"]) if state == "broken" else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            done = 0
+        return max(0, self.config.epochs - done)
 
     def command(self, options: argparse.Namespace) -> list[str]:
         """The command that makes the run, or goes on with it."""
@@ -201,6 +220,55 @@ class Runner:
             self._say(f"{count} {job.name}: failed: {self.failures[job]}")
 
 
+# ---- what it would take ------------------------------------------------------------------------------------
+
+
+def tell(options: argparse.Namespace, jobs: Sequence[Job], out: Path) -> int:
+    """Print hours, memory and disk of the runs that are left, in their order; one of each shape is timed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from study.estimate import Estimate, estimate
+
+    table = Table("", "run", "epochs", "s an epoch", "hours", "memory, GiB", "disk, MiB", "")
+    known: dict[Config, Estimate] = {}
+    hours, disk, stuck = 0.0, 0, 0
+    for number, job in enumerate(jobs, start=1):
+        left = job.left(options.overwrite)
+        shape = replace(job.config, experiment="", lr=1e-9, seed=0)
+        if left and shape not in known:
+            print(f"timing {job.name}", file=sys.stderr, flush=True)
+            known[shape] = estimate(shape, options.data_root, beside=options.jobs)
+        if not left:
+            table.add_row(str(number), job.name, "0", "", "", "", "", "finished before")
+            continue
+        found = known[shape]
+        stuck += bool(found.problem)
+        disk += found.disk
+        its_hours = found.seconds * left / 3600
+        hours += 0.0 if found.problem else its_hours
+        told = (
+            f"{found.seconds:.3g}",
+            f"{its_hours:.3g}",
+            f"{found.peak / 2**30:.1f}",
+            f"{found.disk / 2**20:.0f}",
+        )
+        why = f"cannot run here: {found.problem}" if found.problem else found.note
+        table.add_row(str(number), job.name, str(left), *told, why)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(f"{hours / options.jobs:.3g} hours in all with --jobs {options.jobs}; {_room(disk, out)}")
+    if stuck:
+        print(f"{stuck} of {len(jobs)} runs cannot be made here; leave them out with --only")
+    return 0
+
+
+def _room(disk: int, out: Path) -> str:
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    enough = "" if disk <= free else ", which is not enough: give another --out"
+    return f"{disk / 2**30:.2f} GiB on the disk of {out}, where {free / 2**30:.1f} are free{enough}"
+
+
 # ---- results -----------------------------------------------------------------------------------------------
 
 
@@ -269,13 +337,26 @@ def markdown(outcomes: Sequence, lines: Sequence[str]) -> str:
     from study.report import number
 
     text = [*lines, ""]
-    text += ["| experiment | claim: rule | measured, by seed | held |", "|---|---|---|---|"]
+    text += ["| experiment | held of judged, by seed | not held | otherwise with 80 % of the epochs |"]
+    text += ["|---|---|---|---|"]
+    for outcome in outcomes:
+        counts = [f"{sum(v.held for v in verdicts)} of {len(verdicts)}" for verdicts in outcome.verdicts]
+        row = TABLE[outcome.id]
+        what = f"{outcome.id} ({outcome.settings.model}; {row.title})"
+        failed = _failures(outcome, lambda v: not v.held)
+        unsettled = _failures(outcome, lambda v: not v.settled)
+        text.append(f"| {what} | {', '.join(counts)} | {failed} | {unsettled} |")
+    text += ["", "<details><summary>Every claim, every number</summary>", ""]
+    text += ["| experiment | claim: rule | measured, by seed | held | same with 80 % of the epochs |"]
+    text += ["|---|---|---|---|---|"]
     for outcome in outcomes:
         for i, verdict in enumerate(outcome.verdicts[0] if outcome.verdicts else ()):
             of_seeds = [verdicts[i] for verdicts in outcome.verdicts]
             measured = ", ".join(number(v.measured) for v in of_seeds)
             held = f"{sum(v.held for v in of_seeds)} of {len(of_seeds)}"
-            text.append(f"| {outcome.id} | {verdict.claim}: {verdict.rule} | {measured} | {held} |")
+            same = f"{sum(v.settled for v in of_seeds)} of {len(of_seeds)}"
+            text.append(f"| {outcome.id} | {verdict.claim}: {verdict.rule} | {measured} | {held} | {same} |")
+    text += ["", "</details>", "", "<details><summary>Settings of the runs</summary>"]
     text += ["", "| experiment | settings | ended |", "|---|---|---|"]
     for outcome in outcomes:
         c = outcome.settings
@@ -287,7 +368,17 @@ def markdown(outcomes: Sequence, lines: Sequence[str]) -> str:
             f"| {outcome.id}{same} | {c.name}, {size}{width}, micro-batch {c.micro_batch}, {c.epochs} epochs "
             f"| {states} |"
         )
-    return "\n".join(text) + "\n"
+    return "\n".join([*text, "", "</details>"]) + "\n"
+
+
+def _failures(outcome, fails: Callable) -> str:
+    """The claims that `fails` in some seeds, with how many these are if not all."""
+    told = []
+    for of_seeds in zip(*outcome.verdicts, strict=True):
+        if count := sum(map(fails, of_seeds)):
+            part = f" ({count} of {len(of_seeds)})" if count < len(of_seeds) else ""
+            told.append(f"{of_seeds[0].claim}{part}")
+    return ", ".join(told)
 
 
 def show(outcomes: Sequence) -> None:
@@ -386,6 +477,8 @@ def _main(options: argparse.Namespace) -> int:
     check_device(device)
     out = Path(options.out or f"runs/reproduce-{preset}")
     rows, jobs = plan(options, preset, device, out)
+    if options.estimate:
+        return tell(options, list(jobs.values()), out)
     root = Folder(out)
     try:
         return _reproduce(options, preset, rows, jobs, root, target)

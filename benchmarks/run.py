@@ -67,7 +67,7 @@ def parser() -> Parser:
         metavar="N",
         help="pictures at a time, at most: all parts are of one size, or differ by one picture",
     )
-    settings.add_argument("--layers", choices=LAYERS)
+    settings.add_argument("--layers", choices=LAYERS, help="what is measured together (default: module)")
     settings.add_argument("--seed", type=integer)
     settings.add_argument("--device", type=filled, help="cpu, cuda, cuda:1, ...")
     settings.add_argument("--threads", type=threads, help="of the CPU")
@@ -174,6 +174,23 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def note_machine(folder, config: Config, epoch: int) -> None:
+    """Write down, and say, that a run goes on where its last bits may be others than where it began."""
+    from study.folder import CONFIG, read_config
+
+    here, there = machine(), read_config(folder.path)[1]
+    last = there | (there["resumed"][-1] if there.get("resumed") else {})
+    if differing := {key: here[key] for key in MACHINE if here[key] != last.get(key)}:
+        there["resumed"] = [*there.get("resumed", ()), {"epoch": epoch, "date": here["date"]} | differing]
+        folder.write_json(CONFIG, {"settings": config.to_dict(), "machine": there})
+        what = ", ".join(f"{key} {last.get(key)}, now {value}" for key, value in differing.items())
+        print(f"begun elsewhere ({what}): from here on the last bits of the numbers may be others")
+
+
+MACHINE = ("processor", "gpu", "torch", "numpy", "oscopt")
+"""What decides the last bits of a run's numbers, besides its settings."""
 
 
 def open_folder(options: argparse.Namespace):
@@ -297,6 +314,7 @@ def _run(folder, config: Config, options: argparse.Namespace, beside, ranks) -> 
         if note:
             print(note, file=sys.stderr)
         print(f"resuming {folder.path} at epoch {len(trainer.progress)}")
+        note_machine(folder, config, len(trainer.progress))
     else:
         folder.clear()
         folder.write_json(CONFIG, {"settings": config.to_dict(), "machine": machine()})

@@ -11,7 +11,7 @@ MODELS = ("linear", "cnn", "cnn_bn", "vgg16", "resnet18", "resnet34")
 DATASETS = ("mnist5k", "digits", "mnist", "fashion-mnist", "cifar10", "svhn")
 """Those that need no network first."""
 OPTIMIZERS = ("oscgd", "sgd", "adam", "adamw", "rmsprop")
-LAYERS = ("module", "parameter")
+LAYERS = ("module", "parameter", "block")
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 _CHOICES = {
@@ -52,7 +52,7 @@ class Config:
         micro_batch: pictures that are run through the model at a time.
         matrices: epochs at which a window of `WINDOW` gradients starts.
         seed: of the initial weights and of the choice of pictures.
-        layers: "module" or "parameter".
+        layers: what is measured together: "module", "parameter" or "block" (:func:`study.models.block_of`).
         device, threads: of torch.
         precision: "fp32"; on a GPU also "tf32" or "bf16" (autocast).
         compile: whether the model goes through torch.compile.

@@ -15,6 +15,16 @@ from .cli import check_folder
 from .errors import UserError
 from .models import CLASSES
 
+SIZES = {
+    "mnist5k": (5_000, 1, 28),
+    "digits": (1_797, 1, 8),
+    "mnist": (60_000, 1, 28),
+    "fashion-mnist": (60_000, 1, 28),
+    "cifar10": (50_000, 3, 32),
+    "svhn": (73_257, 3, 32),
+}
+"""Of the whole training sets: pictures, channels, side in pixels."""
+
 
 def load(name: str, n_train: int | None, image_size: int | None, data_root: str | None, seed: int):
     """Training pictures and labels.
@@ -50,6 +60,20 @@ def load(name: str, n_train: int | None, image_size: int | None, data_root: str 
         x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     return (x - mean) / std.clamp_min(1e-6), labels.long()
+
+
+def is_there(name: str, data_root: str | None) -> bool:
+    """Whether a run would find its pictures, without a network."""
+    if name in ("mnist5k", "digits"):
+        return True
+    root = Path(data_root or "data")
+    if name in ("mnist", "fashion-mnist") and _idx_files(root):
+        return True
+    try:
+        _torchvision(name, root, download=False)
+    except Exception:  # torchvision raises anything from RuntimeError to UnpicklingError
+        return False
+    return True
 
 
 def _check(name: str, pictures: Tensor, labels: Tensor) -> None:
@@ -107,17 +131,17 @@ def _from_root(name: str, data_root: str | None) -> tuple[Tensor, Tensor]:
         ) from error
 
 
-def _torchvision(name: str, root: Path) -> tuple[Tensor, Tensor]:
+def _torchvision(name: str, root: Path, download: bool = True) -> tuple[Tensor, Tensor]:
     from torchvision import datasets
 
     if name == "svhn":
-        data = datasets.SVHN(str(root), split="train", download=True)
+        data = datasets.SVHN(str(root), split="train", download=download)
         return torch.from_numpy(data.data), torch.from_numpy(data.labels)
     if name == "cifar10":
-        data = datasets.CIFAR10(str(root), train=True, download=True)
+        data = datasets.CIFAR10(str(root), train=True, download=download)
         return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
     kind = datasets.MNIST if name == "mnist" else datasets.FashionMNIST
-    data = kind(str(root), train=True, download=True)
+    data = kind(str(root), train=True, download=download)
     return data.data[:, None], data.targets
 
 

@@ -103,3 +103,16 @@ def build(name: str, channels: int, image_size: int, width: int, seed: int) -> n
     """The model called `name` with weights drawn from `seed`."""
     torch.manual_seed(seed)
     return MODELS[name](channels, image_size, width)
+
+
+_VGG16_POOLS = (4, 9, 16, 23)  # places in `features`
+
+
+def block_of(model: str, parameter: str) -> str:
+    """The block that a parameter of `model` is in: convolutions up to a pooling, a residual block, a head."""
+    first, second = parameter.split(".")[:2]
+    if model == "vgg16" and first == "features":
+        return f"block{1 + sum(int(second) > pool for pool in _VGG16_POOLS)}"
+    if model.startswith("resnet"):
+        return {"conv1": "stem", "bn1": "stem", "fc": "fc"}.get(first, f"{first}.{second}")
+    return first

@@ -2,7 +2,7 @@
 
 All rules look at w, the mean correlation in a window of h = 5 iterations (paper, Sec. II-A), of all layers
 together or of single ones. Two notions serve most of them: the *phases* of a run (:func:`phase_signs`) and
-its *turn* (:func:`turn`). docs/method.md derives both.
+its *stretches* (:func:`stretches`). docs/method.md derives both.
 """
 
 from __future__ import annotations
@@ -55,16 +55,59 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """What the rules look at, of T epochs and L layers.
+
+    Attributes:
+        windowed: w of all layers together, float64 (T,).
+        layers: w of each layer, float64 (T, L).
+        dot: <g_t, g_{t-1}> of each layer, float64 (T, L).
+        loss: before each step, (T,).
+        beside: of the run that this one is compared with.
+    """
+
+    windowed: np.ndarray
+    layers: np.ndarray
+    dot: np.ndarray
+    loss: np.ndarray
+    beside: Curves | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> Curves:
+        """Those of a run."""
+        beside = None if record.beside is None else cls.of(record.beside)
+        return cls(record.windowed, record.layers, record.history.dot, record.loss, beside)
+
+    def begin(self, share: float) -> Curves:
+        """Of the first epochs, this share of them: what a shorter run would have recorded."""
+        end = int(share * len(self.loss))
+        beside = None if self.beside is None else self.beside.begin(share)
+        return Curves(self.windowed[:end], self.layers[:end], self.dot[:end], self.loss[:end], beside)
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What a rule found; `measured` is NaN where the run cannot tell, which holds nothing."""
+    """What a rule found.
+
+    Attributes:
+        measured: NaN where the run cannot tell, which holds nothing.
+        settled: whether the first 80 % of the epochs (:data:`SHORTER`) give the same verdict.
+        why: the reason in a few words, where it is not held.
+    """
 
     claim: str
     rule: str
     measured: float
     held: bool
+    settled: bool
+    why: str = ""
 
 
-# ---- phases and the turn -----------------------------------------------------------------------------------
+SHORTER = 0.8
+"""The share of its epochs that a run is judged by once more."""
+
+
+# ---- phases and stretches ----------------------------------------------------------------------------------
 
 
 def phase_signs(windowed: np.ndarray) -> np.ndarray:
@@ -89,20 +132,42 @@ def phase_signs(windowed: np.ndarray) -> np.ndarray:
     return signs
 
 
-def turn(windowed: np.ndarray) -> int | None:
-    """The epoch that best cuts w into two stretches of constant mean, in least squares.
+@dataclass(frozen=True)
+class Stretch:
+    """Epochs `start` to `stop` - 1, smooth (`sign` 1) or oscillating (-1)."""
 
-    Either stretch has at least h epochs; None: the run is too short for that.
+    sign: int
+    start: int
+    stop: int
+
+    def median(self, windowed: np.ndarray) -> float:
+        """Of w in these epochs."""
+        return float(np.nanmedian(windowed[self.start : self.stop]))
+
+
+def stretches(windowed: np.ndarray) -> list[Stretch]:
+    """The run cut where its w turns, by turns smooth and oscillating; none where w never adds up to h.
+
+    A stretch ends where the sum of w was at its extreme, if from there on w adds up to h against it: five
+    epochs at full correlation, ten at half of it. It is the change detection by cumulative sums (Page 1954).
+    What comes later never moves an end, and less than h against it, at the beginning or the end of the run
+    too, belongs to the stretch beside it.
     """
-    first = 1  # no gradient comes before that of epoch 0
-    w = np.nan_to_num(windowed[first:])
-    n = len(w)
-    if n < 2 * WINDOW:
-        return None
-    cut = np.arange(WINDOW, n - WINDOW + 1)
-    before = np.cumsum(w)[cut - 1]
-    explained = before**2 / cut + (w.sum() - before) ** 2 / (n - cut)
-    return int(cut[np.argmax(explained)]) + first
+    begins: list[tuple[int, int]] = []
+    sign = 0
+    high = low = (0.0, 0)  # the sum of w, and the epoch before which it was reached
+    for epoch, total in enumerate(np.cumsum(np.nan_to_num(windowed)), start=1):
+        high = (total, epoch) if total > high[0] else high
+        low = (total, epoch) if total < low[0] else low
+        if sign != 1 and total - low[0] >= WINDOW:
+            sign, start, high = 1, low[1], (total, epoch)
+        elif sign != -1 and high[0] - total >= WINDOW:
+            sign, start, low = -1, high[1], (total, epoch)
+        else:
+            continue
+        begins.append((sign, start if begins else 0))
+    stops = [start for _, start in begins[1:]] + [len(windowed)]
+    return [Stretch(sign, start, stop) for (sign, start), stop in zip(begins, stops, strict=False)]
 
 
 def decrease_share(loss: np.ndarray, signs: np.ndarray) -> float:
@@ -117,73 +182,87 @@ def decrease_share(loss: np.ndarray, signs: np.ndarray) -> float:
     return float(-np.diff(loss)[signs[:-1] < 0].sum() / total)
 
 
-def negative_share(record: Record) -> float:
+def _negative_share(curves: Curves) -> float:
     """Share of all (epoch, layer) pairs in which the layer's w is negative."""
-    layers = record.layers[np.isfinite(record.layers)]
+    layers = curves.layers[np.isfinite(curves.layers)]
     return float((layers < 0).mean()) if len(layers) else float("nan")
 
 
 # ---- what the rules measure --------------------------------------------------------------------------------
 
 
-def _least(record: Record) -> float:
-    return np.nanmin(record.windowed)
+def _least(curves: Curves) -> float:
+    return np.nanmin(curves.windowed)
 
 
-def _before(record: Record) -> float:
-    at = turn(record.windowed)
-    return float("nan") if at is None else np.nanmedian(record.windowed[:at])
+def _first(curves: Curves) -> float:
+    found = stretches(curves.windowed)
+    return found[0].median(curves.windowed) if found else float("nan")
 
 
-def _after(record: Record) -> float:
-    at = turn(record.windowed)
-    return float("nan") if at is None else np.nanmedian(record.windowed[at:])
+def _second(curves: Curves) -> float:
+    found = stretches(curves.windowed)
+    return found[1].median(curves.windowed) if len(found) > 1 else float("nan")
 
 
-def _decrease(record: Record) -> float:
-    return decrease_share(record.loss, phase_signs(record.windowed))
+def _last(curves: Curves) -> float:
+    found = stretches(curves.windowed)
+    return found[-1].median(curves.windowed) if len(found) > 1 else float("nan")
 
 
-def _agreement(record: Record) -> float:
-    layers, signs = record.layers, phase_signs(record.windowed)[:, None]
+def _until_oscillation_ends(curves: Curves) -> float:
+    found = stretches(curves.windowed)
+    number = next((i for i, stretch in enumerate(found) if stretch.sign < 0), None)
+    # After a smooth beginning, an oscillation that is not over may be its first part or the run's later one.
+    if number is None or 0 < number == len(found) - 1:
+        return float("nan")
+    return np.nanmedian(curves.windowed[: found[number].stop])
+
+
+def _decrease(curves: Curves) -> float:
+    return decrease_share(curves.loss, phase_signs(curves.windowed))
+
+
+def _agreement(curves: Curves) -> float:
+    layers, signs = curves.layers, phase_signs(curves.windowed)[:, None]
     known = np.isfinite(layers) & (signs != 0)
     return (np.sign(layers) == signs)[known].mean()
 
 
-def _orders_apart(record: Record) -> float:
-    size = np.nanmedian(np.abs(record.history.dot), axis=0)
+def _orders_apart(curves: Curves) -> float:
+    size = np.nanmedian(np.abs(curves.dot), axis=0)
     return abs(np.log10(size[0]) - np.log10(size[-1]))
 
 
-def _first_layer(record: Record) -> float:
-    return np.nanmedian(record.layers[:, 0])
+def _first_layer(curves: Curves) -> float:
+    return np.nanmedian(curves.layers[:, 0])
 
 
-def _last_layer(record: Record) -> float:
-    return np.nanmedian(record.layers[:, -1])
+def _last_layer(curves: Curves) -> float:
+    return np.nanmedian(curves.layers[:, -1])
 
 
-def _first_layer_share(record: Record) -> float:
-    size = np.abs(record.history.dot)
+def _first_layer_share(curves: Curves) -> float:
+    size = np.abs(curves.dot)
     return np.nanmedian(size[:, 0] / size.sum(1))
 
 
-def _first_layer_distance(record: Record) -> float:
-    return np.nanmedian(np.abs(record.layers[:, 0] - record.windowed))
+def _first_layer_distance(curves: Curves) -> float:
+    return np.nanmedian(np.abs(curves.layers[:, 0] - curves.windowed))
 
 
-def _last_layer_lead(record: Record) -> float:
-    while_negative = phase_signs(record.windowed) < 0
+def _last_layer_lead(curves: Curves) -> float:
+    while_negative = phase_signs(curves.windowed) < 0
     if not while_negative.any():
         return float("nan")
-    return np.nanmedian((record.layers[:, -1] - record.windowed)[while_negative])
+    return np.nanmedian((curves.layers[:, -1] - curves.windowed)[while_negative])
 
 
-def _beside(record: Record) -> float:
-    if record.beside is None:
+def _beside(curves: Curves) -> float:
+    if curves.beside is None:
         return float("nan")
-    theirs = negative_share(record.beside)
-    return negative_share(record) / theirs if theirs > 0 else float("nan")
+    theirs = _negative_share(curves.beside)
+    return _negative_share(curves) / theirs if theirs > 0 else float("nan")
 
 
 # ---- the rules ---------------------------------------------------------------------------------------------
@@ -193,14 +272,14 @@ def _beside(record: Record) -> float:
 class Rule:
     """A claim in the paper's words, and the number that decides it.
 
-    It holds where `measure(record)` is on the right side of `bound`; `sign` is ">=", "<=" or ">".
+    It holds where `measure(curves)` is on the right side of `bound`; `sign` is ">=", "<=" or ">".
     """
 
     says: str
     quantity: str
     sign: str
     bound: float
-    measure: Callable[[Record], float]
+    measure: Callable[[Curves], float]
 
     @property
     def text(self) -> str:
@@ -221,19 +300,19 @@ RULES: dict[str, Rule] = {
     ),
     "smooth_first": Rule(
         "at the very beginning, the correlation is close to +1 (Sec. III-A)",
-        "median w before the turn", ">=", 0.8, _before,
+        "median w in the first stretch", ">=", 0.8, _first,
     ),
     "oscillates_later": Rule(
         "then it drops to highly negative values close to -1 (Sec. III-A)",
-        "median w after the turn", "<=", -0.5, _after,
+        "median w in the second stretch", "<=", -0.5, _second,
     ),
     "oscillates_first": Rule(
         "highly negative in the initial training phase (Sec. III-B)",
-        "median w before the turn", "<=", -0.5, _before,
+        "median w up to the end of the first oscillating stretch", "<=", -0.5, _until_oscillation_ends,
     ),
     "stable_later": Rule(
         "then it increases to highly positive values when approaching the minimizer (Sec. III-B)",
-        "median w after the turn", ">=", 0.9, _after,
+        "median w in the last of several stretches", ">=", 0.9, _last,
     ),
     "decrease_while_negative": Rule(
         "most of the loss decrease is achieved with oscillating gradients (Secs. III-A, III-B)",
@@ -270,7 +349,7 @@ RULES: dict[str, Rule] = {
     ),
     "suppressed": Rule(
         "Adam suppresses the oscillation across different layers (Sec. V)",
-        "share of (epoch, layer) pairs with negative w", "<=", 0.1, negative_share,
+        "share of (epoch, layer) pairs with negative w", "<=", 0.1, _negative_share,
     ),
     "suppressed_beside_gd": Rule(
         "as a comparison with gradient descent (Sec. V)",
@@ -294,11 +373,32 @@ def check_claims(claims: Sequence[str]) -> tuple[str, ...]:
 
 def judge(claims: Sequence[str], record: Record) -> list[Verdict]:
     """The verdict on each claim."""
+    whole = Curves.of(record)
+    shorter = whole.begin(SHORTER)
     verdicts = []
-    for claim in claims:
-        rule = RULES[claim]
-        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # means and medians of nothing are NaN
-            value = float(rule.measure(record)) if len(record.history) > 1 else float("nan")
-        verdicts.append(Verdict(claim, rule.text, value, rule.holds(value)))
+    for rule, claim in ((RULES[claim], claim) for claim in claims):
+        value = _measure(rule, whole)
+        held = rule.holds(value)
+        settled = held == rule.holds(_measure(rule, shorter))
+        why = "" if held else _why(rule, value, stretches(whole.windowed))
+        verdicts.append(Verdict(claim, rule.text, value, held, settled, why))
     return verdicts
+
+
+def _why(rule: Rule, value: float, found: Sequence[Stretch]) -> str:
+    """In a few words, why the claim is not held by a run of these stretches."""
+    if rule.quantity.startswith("median w"):
+        if np.isfinite(value):
+            same = np.sign(value) == np.sign(rule.bound)
+            return "in the paper's direction, but less than the bound" if same else "the other way round"
+        if rule.measure is _until_oscillation_ends and any(stretch.sign < 0 for stretch in found):
+            return "it oscillates after a smooth beginning, and no end of that is in the run"
+        only = "smooth" if found and found[0].sign > 0 else "oscillating"
+        return f"{only} to the end of the run" if found else "too short or too noisy a run for any stretch"
+    return "" if np.isfinite(value) else "the run cannot tell"
+
+
+def _measure(rule: Rule, curves: Curves) -> float:
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # means and medians of nothing are NaN
+        return float(rule.measure(curves)) if len(curves.loss) > 1 else float("nan")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from .rules import Record, Verdict, decrease_share, phase_signs, turn
+from .rules import Record, Stretch, Verdict, decrease_share, phase_signs, stretches
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -35,11 +37,8 @@ def summarise(record: Record, verdicts: list[Verdict]) -> list[str]:
             f"{share:.0%} of the loss decrease in negative phases" if share == share else "no decrease"
         )
         lines.append(f"negative      {(known < 0).mean():.0%} of the epochs (windowed mean), {of_decrease}")
-        if (at := turn(windowed)) is not None:
-            means = [float(np.nanmedian(part)) for part in (windowed[:at], windowed[at:])]
-            lines.append(
-                f"turn          at epoch {at}: median w {means[0]:+.3f} before, {means[1]:+.3f} after"
-            )
+        if found := stretches(windowed):
+            lines.append(f"stretches     {_in_words(found, windowed)}")
         lines.append(f"correlation   {sparkline(record.history.global_correlation())}  -1 ▁ to █ +1")
         layers = record.layers
         for name, column in ((record.history.layer_names[0], 0), (record.history.layer_names[-1], -1)):
@@ -47,7 +46,24 @@ def summarise(record: Record, verdicts: list[Verdict]) -> list[str]:
             if len(values):
                 text = f"{np.median(values):+.3f} (median), {(values < 0).mean():.0%} of the epochs negative"
                 lines.append(f"layer {name:<16} {text}")
-    lines += [
-        f"{'held    ' if v.held else 'not held'}      {v.claim}: {v.rule}: {v.measured:.3g}" for v in verdicts
+    return lines + [_line(verdict) for verdict in verdicts]
+
+
+def _line(v: Verdict) -> str:
+    found = "held    " if v.held else "not held"
+    remarks = [v.why] if v.why else []
+    remarks += [] if v.settled else ["otherwise with the first 80 % of the epochs"]
+    told = f" ({'; '.join(remarks)})" if remarks else ""
+    return f"{found}      {v.claim}: {v.rule}: {v.measured:.3g}{told}"
+
+
+def _in_words(found: Sequence[Stretch], windowed: np.ndarray) -> str:
+    """Up to five, with the median w of each."""
+    told = [
+        f"{'smooth' if stretch.sign > 0 else 'oscillating'} to epoch {stretch.stop} "
+        f"({stretch.median(windowed):+.3f})"
+        for stretch in found
     ]
-    return lines
+    if len(told) > 5:
+        told[3:-1] = [f"{len(told) - 4} more"]
+    return ", ".join(told)

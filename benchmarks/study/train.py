@@ -48,17 +48,26 @@ class Trainer:
         progress: loss, accuracy and sharpness (NaN: not asked for) before each step, the step's seconds.
         matrices: epoch -> {"global": (h, h), "first": ..., "last": ...} of the windows so far.
         sketcher: keeps a sketch of each epoch's whole gradient, beside what `meter` measures exactly.
+
+    Args:
+        data_root: folder of the datasets.
+        ranks: the processes that share the run.
+        loaded: pictures and labels, in place of those that `config` names.
     """
 
     def __init__(
-        self, config: Config, data_root: str | None = None, ranks: parallel.Ranks | None = None
+        self,
+        config: Config,
+        data_root: str | None = None,
+        ranks: parallel.Ranks | None = None,
+        loaded: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.ranks = ranks or parallel.Ranks()
         torch.set_num_threads(config.threads)
         _set_precision(config)
         self.config = config
         self.device = self.ranks.device(config.device)
-        pictures, labels = data.load(
+        pictures, labels = loaded or data.load(
             config.dataset, config.n_train, config.image_size, data_root, config.seed
         )
         channels, side = pictures.shape[1], pictures.shape[-1]
@@ -260,8 +269,11 @@ class Trainer:
     def _attach(self, history: History, update_history: History, recurrence: History) -> None:
         """Make the optimizer and what measures its gradients, and its updates if they differ."""
         config, model = self.config, self.model
+        layers: str | dict[str, str] = config.layers
+        if layers == "block":
+            layers = {name: models.block_of(config.model, name) for name, _ in model.named_parameters()}
         if config.optimizer == "oscgd":
-            own = OscGD(model.named_parameters(), lr=config.lr, layers=config.layers, history=history)
+            own = OscGD(model.named_parameters(), lr=config.lr, layers=layers, history=history)
             self.optimizer, self.meter = own, own
         else:
             kind = OTHERS.get(config.optimizer, torch.optim.SGD)
@@ -270,7 +282,7 @@ class Trainer:
                 self.optimizer,
                 model.named_parameters(),
                 ("grad", "update") if config.optimizer in OTHERS else "grad",
-                layers=config.layers,
+                layers=layers,
                 history=history,
                 update_history=update_history,
             )

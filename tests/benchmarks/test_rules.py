@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import append
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oscopt import History
 from oscopt.rows import RECORDED
@@ -104,7 +106,7 @@ GD = record(layers=-0.9 * TWO)
 CASES = {
     "correlated_throughout": (record([0.95] * 60), record([0.95] * 30 + [0.1] * 30)),
     "smooth_first": (record(OTHER), record(SWITCH)),
-    "oscillates_first": (record(SWITCH), record(OTHER)),
+    "oscillates_first": (record(SWITCH), record([0.99] * 40 + SWITCH)),
     "oscillates_later": (record(OTHER), record(SWITCH)),
     "stable_later": (record(SWITCH), record([-0.8] * 30 + [0.6] * 30)),
     "decrease_while_negative": (record(SWITCH, DOWN_EARLY), record(SWITCH, DOWN_LATE)),
@@ -182,18 +184,93 @@ def test_decrease_share():
     assert np.isnan(rules.decrease_share(loss[::-1], np.ones(5)))
 
 
-@pytest.mark.parametrize("at", [6, 23, 50])
-def test_turn(at):
-    noise = 0.05 * np.random.default_rng(0).standard_normal(60)
-    w = np.where(np.arange(60) < at, 0.9, -0.7) + noise
-    w[0] = np.nan
-    assert rules.turn(w) == at
-    w[40 if at < 40 else 10] = 1.0  # one odd epoch does not move it
-    assert rules.turn(w) == at
+# ---- stretches ---------------------------------------------------------------------------------------------
 
 
-def test_turn_of_a_short_run():
-    assert rules.turn(np.zeros(10)) is None and rules.turn(np.zeros(11)) is not None
+def cuts(*parts: tuple[float, int]) -> list[tuple[int, int, int]]:
+    """The stretches of w that has these values for so many epochs."""
+    w = np.concatenate([[np.nan], *(np.full(count, value) for value, count in parts)])
+    return [(stretch.sign, stretch.start, stretch.stop) for stretch in rules.stretches(w)]
+
+
+def test_stretches_end_where_w_turns():
+    assert cuts((0.9, 30), (-0.8, 40)) == [(1, 0, 31), (-1, 31, 71)]
+    assert cuts((-0.6, 20), (0.97, 30), (-0.7, 10)) == [(-1, 0, 21), (1, 21, 51), (-1, 51, 61)]
+    assert cuts((1.0, 200)) == [(1, 0, 201)]
+
+
+def test_what_adds_up_to_less_than_five_makes_no_stretch():
+    onset = (0.9, 82), (-0.5, 5), (0.6, 8), (-0.9, 140)  # an onset, a recovery, and then the oscillation
+    assert cuts(*onset) == [(1, 0, 96), (-1, 96, 236)]
+    assert cuts((0.3, 8), (-0.1, 15), (-0.7, 40), (0.97, 50)) == [(-1, 0, 64), (1, 64, 114)]
+    assert cuts((-0.8, 40), (0.9, 5)) == [(-1, 0, 46)]
+    assert cuts((0.9, 5)) == cuts((0.05, 90)) == cuts() == []
+
+
+SEQUENTIAL = (
+    "smooth_first",
+    "oscillates_later",
+    "oscillates_first",
+    "stable_later",
+    "decrease_while_negative",
+)
+LEVEL = st.integers(55, 99).map(lambda percent: percent / 100 + 0.003)  # never a bound itself
+STRETCHES = st.lists(st.tuples(LEVEL, st.integers(14, 40)), min_size=1, max_size=5)
+
+
+@given(STRETCHES, st.sampled_from([-1, 1]), st.integers(1, 300), st.integers(0, 99))
+def test_more_of_the_last_stretch_changes_no_verdict(parts, sign, more, seed):
+    levels = [sign * (-1) ** i * level for i, (level, _) in enumerate(parts)]
+    correlations = np.repeat(levels, [count for _, count in parts])
+    loss = np.random.default_rng(seed).random(len(correlations))
+    short = rules.judge(SEQUENTIAL, record(correlations, loss))
+    longer = record(np.pad(correlations, (0, more), "edge"), np.pad(loss, (0, more), "edge"))
+    for verdict, later in zip(short, rules.judge(SEQUENTIAL, longer), strict=True):
+        assert (verdict.held, later.measured) == (later.held, pytest.approx(verdict.measured, nan_ok=True))
+
+
+@given(st.lists(st.floats(-1, 1), min_size=20, max_size=120), st.integers(1, 100))
+def test_what_comes_later_moves_no_end(values, count):
+    early, late = (rules.stretches(np.array(w)) for w in (values[:-count], values))
+    assert [(s.sign, s.start) for s in early] == [(s.sign, s.start) for s in late[: len(early)]]
+
+
+def test_an_oscillation_after_a_smooth_beginning_is_first_only_if_it_ends():
+    parts = [0.99] * 12, [-0.8] * 60, [0.99] * 30
+    for run, value in ((parts[:2], np.nan), (parts, -0.8)):
+        (verdict,) = rules.judge(("oscillates_first",), record(np.concatenate(run)))
+        assert verdict.measured == pytest.approx(value, nan_ok=True) and verdict.held == (value < 0)
+
+
+@pytest.mark.parametrize(
+    "claim, correlations, why",
+    [
+        ("oscillates_first", SWITCH, ""),
+        ("oscillates_first", [-0.3] * 40 + [0.99] * 30, "in the paper's direction, but less than the bound"),
+        ("oscillates_first", [0.99] * 40 + SWITCH, "the other way round"),
+        (
+            "oscillates_first",
+            OTHER,
+            "it oscillates after a smooth beginning, and no end of that is in the run",
+        ),
+        ("stable_later", [-0.8] * 60, "oscillating to the end of the run"),
+        ("oscillates_later", [0.9] * 60, "smooth to the end of the run"),
+        ("smooth_first", [0.01] * 60, "too short or too noisy a run for any stretch"),
+    ],
+)
+def test_what_is_not_held_has_a_reason(claim, correlations, why):
+    (verdict,) = rules.judge((claim,), record(correlations))
+    assert (verdict.held, verdict.why) == (not why, why)
+
+
+def test_verdicts_of_the_first_epochs():
+    """The last fifth of the run decides: 80 % of it say something else."""
+    (early,) = rules.judge(("stable_later",), record([-0.8] * 60 + [0.99] * 40))
+    (late,) = rules.judge(("stable_later",), record([-0.8] * 85 + [0.99] * 15))
+    assert early.held and early.settled and late.held and not late.settled
+    beside = record([-0.9] * 60)
+    (verdict,) = rules.judge(("suppressed_beside_gd",), record([0.9] * 30 + [-0.9] * 30, beside=beside))
+    assert verdict.measured == pytest.approx(28 / 59) and verdict.held and verdict.settled
 
 
 def test_every_rule_is_documented():

@@ -255,6 +255,29 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path, call, undisturbed):
     assert_same_run(undisturbed, tmp_path / "killed")
 
 
+def test_a_folder_moves_to_another_machine(tmp_path, call, undisturbed, monkeypatch):
+    """Weights, record and settings are all in it; the machine is noted, here one that computes alike."""
+    begun, moved = tmp_path / "begun", tmp_path / "elsewhere" / "moved"
+    stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    show = run.Display.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Display, "__call__", lambda *a: (len(a[1].progress) == 150 and stop(), show(*a)))
+        assert call(*SLOW, "--out", begun).returncode == 143
+    moved.parent.mkdir()
+    shutil.copytree(begun, moved)
+    shutil.rmtree(begun)
+    here = run.machine()
+    monkeypatch.setattr(run, "machine", lambda: here | {"processor": "another one"})
+    done = call("--resume", "--out", moved)
+    assert done.returncode == 0 and f"(processor {here['processor']}, now another one)" in done.stdout
+    assert_same_run(undisturbed, moved)
+    told = json.loads((moved / "config.json").read_text())["machine"]
+    assert told["processor"] == here["processor"]  # where it began
+    (resumed,) = told["resumed"]
+    assert (resumed["epoch"], resumed["processor"]) == (150, "another one")
+    assert "begun elsewhere" not in call("--resume", "--out", moved).stdout
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_finish_the_epoch_and_say_how_to_resume(tmp_path, number, code):
     out = tmp_path / "run"

@@ -84,6 +84,26 @@ def test_layers_of_the_models(name, count):
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.parametrize(
+    "name, blocks",
+    [
+        ("linear", ["fc"]),
+        ("cnn", ["block1", "block2", "block3", "fc"]),
+        ("vgg16", ["block1", "block2", "block3", "block4", "block5", "fc"]),
+        ("resnet18", ["stem", *(f"layer{i}.{j}" for i in range(1, 5) for j in range(2)), "fc"]),
+    ],
+)
+def test_blocks_of_the_models(name, blocks):
+    """A block is one layer; VGG-16's have 2, 2, 3, 3 and 3 convolutions."""
+    config = replace(CONFIG, model=name, image_size=32, n_train=4, layers="block")
+    trainer = Trainer(config)
+    assert list(trainer.meter.layer_names) == blocks
+    if name == "vgg16":
+        keys = [key for key, _ in trainer.model.named_parameters() if key.endswith("weight")]
+        counts = [sum(models.block_of(name, key) == block for key in keys) for block in blocks]
+        assert counts == [2, 2, 3, 3, 3, 1]
+
+
 def test_full_width_models_are_the_papers():
     """Parameters of the usual CIFAR forms."""
     counts = {

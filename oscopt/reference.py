@@ -16,7 +16,7 @@ from .layers import assign
 class OscGDReference(Optimizer):
     """Gradient descent that measures how adjacent gradients correlate: :class:`oscopt.OscGD`, slowly.
 
-    Every parameter needs a gradient in every step. All is computed in float64, a layer at a time, from copies.
+    Every parameter needs a gradient in every step. All is computed in float64 and from copies, by layers.
 
     Args:
         named_parameters: `model.named_parameters()`.

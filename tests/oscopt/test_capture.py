@@ -523,7 +523,7 @@ def test_capturing_anew_holds_nothing_more(monkeypatch):
     old = optimizer._tracker._captured[0]
     with FakeGraph(monkeypatch).capture():
         optimizer.step()
-    assert optimizer._tracker._captured[0] is not old  # those of the engine before are let go
+    assert optimizer._tracker._captured[0] is not old  # what the table before used is let go
 
 
 def test_a_policy_that_keeps_what_it_is_shown(monkeypatch):

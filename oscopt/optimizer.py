@@ -453,7 +453,11 @@ class OscGD(Optimizer):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``; the scales of `adapt` are in the first group."""
+        """As ``torch.optim.Optimizer.state_dict``.
+
+        The groups have the number of the next step and the last learning rate, as of this call; the scales of
+        `adapt` are in the first.
+        """
         self._show_state()
         return super().state_dict()
 

@@ -88,6 +88,8 @@ ELSEWHERE = {
     "-m oscopt.kernels.aot": "kernels/test_aot.py::test_table_for_people",
     "reproduce.py --seeds 0,1,2 --jobs 2": REPRODUCED,
     "reproduce.py --preset small --seeds 0,1,2 --jobs 2 --threads 1 --markdown docs/results.md": REPRODUCED,
+    "reproduce.py --preset paper --estimate": "benchmarks/test_estimate.py::"
+    "test_the_command_tells_all_runs_in_order_and_writes_nothing",
     "run.py ...": "benchmarks/test_parallel.py::test_two_processes",
     "run.py --resume --out FOLDER": "benchmarks/test_run.py::test_folders_that_hold_a_run",
     "throughput.py --models MODEL --threads 2": "benchmarks/test_commands.py::test_throughput",

@@ -242,3 +242,38 @@ def test_adapt_without_a_layer(backend, policy):
     step(optimizer, (p, gradient()))
     step(optimizer, (p, gradient()))
     assert optimizer.step_scale.shape == (0,)
+
+
+def test_what_another_way_of_measuring_kept_is_dropped():
+    """A previous gradient that nobody brings up to date any more would make a wrong pair later."""
+    p = nn.Parameter(torch.ones(3, device=DEVICE))
+    first = OscGD([("p", p)], lr=0.1, momentum=0.9)
+    p.grad = torch.full_like(p, 7.0)
+    first.step()
+    second = OscGD([("p", p)], lr=0.1, momentum=0.9, measure="alignment")
+    second.load_state_dict(first.state_dict())
+    p.grad = torch.ones_like(p)
+    second.step()
+    assert set(second.state[p]) == {"momentum_buffer"}
+    third = OscGD([("p", p)], lr=0.1, momentum=0.9)
+    third.load_state_dict(second.state_dict())
+    p.grad = torch.ones_like(p)
+    third.step()
+    assert third.history.steps.tolist() == [2] and torch.isnan(third.correlation).all()
+
+
+def test_a_history_is_of_one_optimizer():
+    """One that goes on after its history was given to another raises, before anything is changed."""
+    first, second = (nn.Parameter(torch.ones(3, device=DEVICE)) for _ in range(2))
+    a = OscGD([("p", first)], lr=0.1)
+    first.grad = torch.ones_like(first)
+    a.step()
+    b = OscGD([("p", second)], lr=0.1, history=a.history)
+    before = first.detach().clone()
+    first.grad = torch.ones_like(first)
+    with pytest.raises(RuntimeError, match="handed on to another one"):
+        a.step()
+    assert torch.equal(first, before)
+    second.grad = torch.ones_like(second)
+    b.step()
+    assert b.history.steps.tolist() == [0, 1]

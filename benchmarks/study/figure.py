@@ -239,8 +239,6 @@ def recurrence(axis: Axes, record: Record, matrices: Matrices) -> None:
     """The correlations of all pairs of epochs, from sketches, with the first epochs of `matrices` marked."""
     marks = sorted(set(matrices).intersection(record.recurrence.steps.tolist()))
     plot.plot_recurrence(record.recurrence, ax=axis, marks=marks, most=_EPOCHS)
-    for image in axis.images:
-        image.set(cmap=MAP, interpolation="none")  # averaged cells would hide a checkerboard
     axis.spines[:].set_visible(False)
     axis.set(title="", xlabel="epoch", ylabel="epoch")
 

@@ -212,6 +212,26 @@ class DeviceClock:
 Clock = HostClock | DeviceClock
 
 
+def new_clock(
+    layers: Sequence[int],
+    groups: Sequence[int],
+    num_layers: int,
+    step: int,
+    rates: Sequence[float],
+    device: torch.device | None,
+) -> Clock:
+    """A clock on the host or, with `device`, there; the rest as in :class:`HostClock`."""
+    if device is None:
+        return HostClock(layers, groups, num_layers, step, rates)
+    return DeviceClock(layers, groups, num_layers, step, rates, device)
+
+
+def rates_of(groups: Sequence[object], known: Sequence[object], rates: Sequence[float]) -> list[float]:
+    """The rate of each of the parameter groups `groups`, of which `known` have `rates`; NaN: it has none."""
+    by_group = {id(group): rate for group, rate in zip(known, rates, strict=False)}
+    return [by_group.get(id(group), math.nan) for group in groups]
+
+
 def columns(lists: Sequence[Sequence[int]], filler: int | None = None) -> Tensor:
     """Each list as a column, int64; the rest of it is `filler`, or the list's first entry again."""
     most = max(map(len, lists), default=1)

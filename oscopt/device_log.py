@@ -87,26 +87,23 @@ class DeviceLog:
 
     def take(self) -> list[Rows]:
         """The steps that have not been taken yet; waits for the device."""
-        found, first = self._arrived(), self._taken
-        self.settle()
-        if self._block is not None and first < len(self._steps):
-            self._taken = len(self._steps)
-            found.append(self._rows(self._block[first : self._taken].cpu(), first))
+        found = self._arrived()
+        if (new := self._untaken()) is not None:
+            found.append(self._rows(new.cpu()))
         return found
 
     def send(self) -> list[Rows]:
         """Let a full block go; what has been sent before and not been taken yet."""
-        found, first = self._arrived(), self._taken
-        self.settle()
-        if self._block is not None and first < len(self._steps):
-            values, event = self._block[first : len(self._steps)], None
-            if values.is_cuda:
-                host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-                host.copy_(values, non_blocking=True)
+        found = self._arrived()
+        if (new := self._untaken()) is not None:
+            event = None
+            if new.is_cuda:
+                host = torch.empty(new.shape, dtype=new.dtype, pin_memory=True)
+                host.copy_(new, non_blocking=True)
                 event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(values.device))
-                values = host
-            self._sent = self._rows(values.cpu(), first), event
+                event.record(torch.cuda.current_stream(new.device))
+                new = host
+            self._sent = self._rows(new.cpu()), event
         self._block, self._steps, self._rates, self._taken = None, [], [], 0
         return found
 
@@ -118,8 +115,16 @@ class DeviceLog:
             event.synchronize()
         return [rows]
 
-    def _rows(self, values: Tensor, first: int) -> Rows:
-        """With the rows from number `first` of the block on, which lie in `values` on the host."""
+    def _untaken(self) -> Tensor | None:
+        """The rows of the block that have not been taken, as they lie there; None: there are none."""
+        self.settle()
+        if self._block is None or self._taken == len(self._steps):
+            return None
+        return self._block[self._taken : len(self._steps)]
+
+    def _rows(self, values: Tensor) -> Rows:
+        """Take these rows, which have come to the host."""
+        first, self._taken = self._taken, len(self._steps)
         return Rows(np.array(self._steps[first:], np.int64), values.numpy(), np.array(self._rates[first:]))
 
 

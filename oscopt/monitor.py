@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .clock import Clock, DeviceClock, HostClock, one_device
+from .clock import Clock, new_clock, one_device, rates_of
 from .distributed import bare
 from .history import History
 from .kernels import capturing
@@ -325,10 +325,8 @@ class OscMonitor:
 
     def _new_clock(self, step: int, rates: Sequence[float]) -> Clock:
         listed = self._listed_for(self.what[0])
-        shape = (listed.homes, listed.groups, len(listed.layer_names))
-        if not self.options.capturable:
-            return HostClock(*shape, step, rates)
-        return DeviceClock(*shape, step, rates, one_device(self._listed))
+        device = one_device(self._listed) if self.options.capturable else None
+        return new_clock(listed.homes, listed.groups, len(listed.layer_names), step, rates, device)
 
     def _follow_groups(self) -> None:
         """Go on with the groups as they are now; where that fails, the next step tries it again."""
@@ -337,10 +335,9 @@ class OscMonitor:
             self._groups = list(groups)
             return
         step, rates = self._clock.state()
-        known = {id(group): rate for group, rate in zip(self._groups, rates, strict=False)}
         before = None if self._listing is None else self._held.keys()
         listing, self._listing = self._list(groups), None
-        clock = self._new_clock(step, [known.get(id(group), math.nan) for group in groups])
+        clock = self._new_clock(step, rates_of(groups, self._groups, rates))
         self._track(clock, edited=self._held.keys() != before)
         self._groups, self._clock, self._listing = list(groups), clock, listing
 

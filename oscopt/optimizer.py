@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from .adapt import Adapter, Policy, resolve
-from .clock import Clock, DeviceClock, HostClock, one_device
+from .clock import Clock, DeviceClock, new_clock, one_device, rates_of
 from .distributed import bare
 from .history import History
 from .kernels import capturing
@@ -287,14 +287,14 @@ class OscGD(Optimizer):
         capture = capturing(tracker.table.device)
         if capture:
             self._check_capture(tracker, grads)
-        update = self._update(tracker, grads)
+        differentiable = any(group.get("differentiable") for group in self.param_groups)
+        update = self._update(tracker, grads, buffers=not differentiable)
         clock, rates = tracker.clock, [group["lr"] for group in self.param_groups]
         # With a clock on the host rates are numbers, which `hyper` has.
         clock.set_rates(rates if isinstance(clock, DeviceClock) else [row[0] for row in update.hyper[::2]])
         if tracker.untouched and _is_no_step(clock, rates, grads):
             tracker.previous.begin(grads)
             return
-        differentiable = any(group.get("differentiable") for group in self.param_groups)
         tracker.step(grads, None if differentiable else update)
         if differentiable:
             self._update_differentiably()
@@ -306,8 +306,8 @@ class OscGD(Optimizer):
         if capture:
             tracker.hold_captured(*(update.buffers or ()))
 
-    def _update(self, tracker: GradientTracker, grads: Gradients) -> Update:
-        """How this step updates the parameters.
+    def _update(self, tracker: GradientTracker, grads: Gradients, buffers: bool = True) -> Update:
+        """How this step updates the parameters; `buffers`: with momentum buffers, where there is momentum.
 
         Raises:
             ValueError: a momentum buffer has another shape than its parameter, or a group has what the
@@ -325,13 +325,12 @@ class OscGD(Optimizer):
         if tuple(hyper) != self._hyper:
             self._hyper = tuple(hyper)  # the same object while nothing changes: kernels need not look
         table = tracker.table
-        differentiable = any(group.get("differentiable") for group in self.param_groups)
-        if differentiable or not any(row[1] for row in hyper):
+        if not buffers or not any(row[1] for row in hyper):
             return Update(None, table.rows, self._hyper)
         if grads.usual and all(row[1] for row in hyper[::2]):
-            buffers = table.states_of("momentum_buffer")
-            if buffers is not None:
-                return Update(buffers, table.rows, self._hyper)
+            found = table.states_of("momentum_buffer")
+            if found is not None:
+                return Update(found, table.rows, self._hyper)
         return self._begun_update(table, [i for i in grads.present if hyper[table.rows[i]][1]])
 
     def _begun_update(self, table: ParameterTable, used: Sequence[int]) -> Update:
@@ -581,8 +580,7 @@ class OscGD(Optimizer):
         if tracker is None:
             return self._step(None), [group.get("prev_lr", math.nan) for group in self.param_groups]
         step, rates = tracker.clock.state()
-        known = {id(group): rate for group, rate in zip(self._timed, rates, strict=False)}
-        return step, [known.get(id(group), math.nan) for group in self.param_groups]
+        return step, rates_of(self.param_groups, self._timed, rates)
 
     def _current_tracker(self) -> GradientTracker:
         """The tracker, of the parameters as they are now."""
@@ -620,13 +618,11 @@ class OscGD(Optimizer):
     def _new_clock(self, listed: Listed, last: GradientTracker | None) -> Clock:
         """The clock of the `last` tracker, if it fits, or one that goes on from it, or from the groups."""
         shape = (listed.homes, listed.groups, len(listed.layer_names))
-        if not self._options.capturable:
-            return HostClock(*shape, *self._timing(last))
-        device = one_device(listed.params)
+        device = one_device(listed.params) if self._options.capturable else None
         known = None if last is None else last.clock
-        if isinstance(known, DeviceClock) and known.fits(*shape, device):
+        if isinstance(known, DeviceClock) and device is not None and known.fits(*shape, device):
             return known
-        return DeviceClock(*shape, *self._timing(last), device)
+        return new_clock(*shape, *self._timing(last), device)
 
     def _new_adapter(
         self, policy: Policy, device: torch.device, last: GradientTracker | None = None
@@ -660,7 +656,7 @@ def _number(value: float | Tensor) -> float:
 
 def _fits(buffer: Tensor, slot: Slot) -> bool:
     """Whether kernels can use a momentum buffer as it is."""
-    return buffer.dtype == slot.outer.dtype and buffer.stride() == slot.outer.stride()
+    return buffer.dtype == slot.outer.dtype and bare(buffer).stride() == slot.stride
 
 
 def _is_no_step(clock: Clock, rates: Sequence[float | Tensor], grads: Gradients) -> bool:

@@ -208,6 +208,11 @@ class _Stored(Previous):
             self.tensors[i] = None
             self._table.state(self._slots[i]).pop(self.keys[0], None)
 
+    def _drop_others(self, kept: list[int]) -> None:
+        """Drop what is kept of other slots than these; graphs write to it, so with them it stays."""
+        if kept != self.kept and self.replayed is None:
+            self._drop(sorted(set(self.kept).difference(kept)))
+
     def lacks(self, grads: Gradients) -> bool:
         return any(self._slots[i].layer >= 0 and not self._suits(i, g) for i, g, _ in grads.each())
 
@@ -291,8 +296,7 @@ class Gradient(_Stored):
         return Pairs(against, overwritten if any(overwritten) else None, sorted(lost - {-1}), changed)
 
     def keep(self, grads: Gradients, kept: list[int], copied: bool) -> None:
-        if kept != self.kept and self.replayed is None:
-            self._drop([i for i in self.kept if i not in set(kept)])
+        self._drop_others(kept)
         if self._can_be_referenced(grads, kept):
             self._reference(grads.local)
         else:
@@ -418,8 +422,7 @@ class Sketch(_Stored):
         return Pairs(against, overwritten, sorted(lost - {-1}), changed)
 
     def keep(self, grads: Gradients, kept: list[int], copied: bool) -> None:
-        if kept != self.kept and self.replayed is None:
-            self._drop([i for i in self.kept if i not in set(kept)])
+        self._drop_others(kept)
         self.kept = kept
 
     def begin(self, grads: Gradients) -> None:
@@ -463,17 +466,3 @@ class Sketch(_Stored):
         if self.replayed is not None:
             kept = state[SKETCH] = self.replayed.own(i, kept)
         return kept
-
-
-def restore_buffers(table: ParameterTable) -> None:
-    """Make momentum buffers that a state holds as kernels need them, like the parameters."""
-    for slot in table.slots:
-        buffer = slot.state.get("momentum_buffer") if slot.state and not slot.again else None
-        if buffer is None:
-            continue
-        local = bare(buffer)
-        if local.shape != slot.shape or local.device != slot.device:
-            continue  # the next step says so
-        if like_parameter(slot, local) is not local or buffer.dtype != slot.outer.dtype:
-            assert slot.state is not None
-            slot.state["momentum_buffer"] = torch.empty_like(slot.outer).copy_(buffer)

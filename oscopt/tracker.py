@@ -22,7 +22,7 @@ from .distributed import Ranks, describe, is_dtensor
 from .history import History
 from .kernels import capturing, sketch
 from .parameters import Gradients, Listed, Pairs, ParameterTable, Plans, Update, chosen
-from .previous import Gradient, Previous, Replayed, Sketch, restore_buffers
+from .previous import Gradient, Previous, Replayed, Sketch
 from .rows import MEASURED, RECORDED, height, packed
 from .window import Window
 
@@ -123,20 +123,19 @@ class GradientTracker:
         """
         if loaded:
             self._replayed, self.windows = None, []
-        options, names = self.options, listed.layer_names
+        options = self.options
         self.ranks = _ranks(listed, options, self.ranks)
         counted = None if self.ranks is None else self.ranks.counted
         sketched = options.measure == "sketch"
         # For sketches the sums with the momentum cost the CPU as much as the sketch does.
         align = adapter is not None
         table = ParameterTable(listed, counted, options.backend, clock.scale_of, sketched, align)
-        self.history.add_layers(names, edited=edited)
+        self.history.add_layers(table.layer_names, edited=edited)
         if self.history.sketches:
             self.history.sketch_with(table.sketch_seeds())
         self.table, self.clock, self.adapter = table, clock, adapter
         self._sums = len(sketch.SUMS if sketched else kernels.SUMS)
         self.previous = self._new_previous(listed.homes)
-        restore_buffers(table)
         self.log = self._new_log()
         self.history.read_from(self.log)
         self.untouched = True
@@ -295,7 +294,7 @@ class GradientTracker:
         self.untouched = False
         complete = partial(self._complete, row, before, rates)
         if ranks is None:
-            complete(sums, vectors)
+            complete(vectors)
             self.log.close(rates)
             return
         together = sums if vectors is None else torch.cat([sums, vectors.T])
@@ -303,17 +302,16 @@ class GradientTracker:
 
         def finish() -> None:
             ranks.wait(work)
-            complete(together[: self._sums], None if vectors is None else together[self._sums :].T)
+            if vectors is not None:
+                sums.copy_(together[: self._sums])
+            complete(None if vectors is None else together[self._sums :].T)
 
         self.log.close(rates, finish)
 
-    def _complete(
-        self, row: Tensor, before: Tensor | None, rates: Rates, sums: Tensor, vectors: Tensor | None
-    ) -> None:
-        """What follows from the sums. `before`: the row of the last step."""
+    def _complete(self, row: Tensor, before: Tensor | None, rates: Rates, vectors: Tensor | None) -> None:
+        """What follows from the sums in `row`. `before`: the row of the last step."""
         if vectors is not None:
             row[len(RECORDED) :].copy_(packed(vectors.float()))
-            row[: self._sums].copy_(sums)
         if before is not None:
             _without_written(row, before)
         if self.options.measure == "sketch":

@@ -13,9 +13,10 @@ from oscopt.report import heat_map, page
 from . import figure
 from .config import WINDOW, Config
 from .experiments import TABLE
-from .rules import RULES, Record, Verdict
+from .rules import RULES, SHORTER, Record, Verdict
 
 _NAV = '<nav id="links">{}</nav>'
+_SHORTER = f"same with {100 * SHORTER:.0f} % of the epochs"
 
 
 def run_page(
@@ -82,7 +83,7 @@ def index_page(title: str, notes: Iterable[str], outcomes: Sequence[Outcome]) ->
     parts.append('<h2>Claims</h2><div class="scroll"><table class="claims">')
     parts.append(
         "<tr><th>experiment</th><th>claim</th><th>rule</th><th>measured, by seed</th><th>held</th>"
-        "<th>same with 80 % of the epochs</th></tr>"
+        f"<th>{_SHORTER}</th></tr>"
     )
     for outcome in outcomes:
         for i, verdict in enumerate(outcome.verdicts[0] if outcome.verdicts else ()):
@@ -93,9 +94,10 @@ def index_page(title: str, notes: Iterable[str], outcomes: Sequence[Outcome]) ->
             parts.append(
                 f'<tr><td><a href="#{outcome.id}">{outcome.id}</a></td>'
                 f"<td>{verdict.claim}<small>{_text(RULES[verdict.claim].says)}</small></td>"
-                f'<td>{_text(verdict.rule)}</td><td class="number">{measured}</td>'
+                f'<td>{_text(verdict.rule)}</td><td class="number" data-label="measured">{measured}</td>'
                 f'<td class="{kind} number">{held} of {len(of_seeds)}</td>'
-                f'<td class="number">{sum(v.settled for v in of_seeds)} of {len(of_seeds)}</td></tr>'
+                f'<td class="number" data-label="{_SHORTER}:">'
+                f"{sum(v.settled for v in of_seeds)} of {len(of_seeds)}</td></tr>"
             )
     parts.append("</table></div>")
     for outcome in outcomes:
@@ -128,15 +130,13 @@ def claims_table(verdicts: Sequence[Verdict]) -> str:
     """Claims with the paper's words, rule, measured value, held or not, and so with fewer epochs or not."""
     rows = "".join(
         f"<tr><td>{v.claim}<small>{_text(RULES[v.claim].says)}</small></td><td>{_text(v.rule)}</td>"
-        f'<td class="number">{number(v.measured)}</td>'
+        f'<td class="number" data-label="measured">{number(v.measured)}</td>'
         f'<td class="{"yes" if v.held else "no"} number">{"held" if v.held else "not held"}'
         f"{f'<small>{_text(v.why)}</small>' if v.why else ''}</td>"
-        f'<td class="number">{"yes" if v.settled else "no"}</td></tr>'
+        f'<td class="number" data-label="{_SHORTER}:">{"yes" if v.settled else "no"}</td></tr>'
         for v in verdicts
     )
-    header = (
-        "<tr><th>claim</th><th>rule</th><th>measured</th><th></th><th>same with 80 % of the epochs</th></tr>"
-    )
+    header = f"<tr><th>claim</th><th>rule</th><th>measured</th><th></th><th>{_SHORTER}</th></tr>"
     return f'<div class="scroll"><table class="claims">{header}{rows}</table></div>'
 
 

@@ -1,7 +1,7 @@
 """How much of a gradient measure="sketch" keeps, and how large its error is on real gradients.
 
     python benchmarks/sketch.py
-    python benchmarks/sketch.py --models cnn resnet18 --width 64 --seeds 50
+    python benchmarks/sketch.py --models cnn resnet18 --width 64 --seeds 50 --device cuda
 
 Memory: floats that are kept, over parameters. Error: a model is trained for some steps, full batch and in
 mini-batches, and every pair of adjacent gradients is measured with many seeds: root mean square of the error
@@ -17,7 +17,7 @@ import sys
 
 import numpy as np
 
-from study.cli import Parser, exit_code, positive, script
+from study.cli import Parser, check_device, exit_code, filled, positive, script
 
 MODELS = {"cnn": 32, "resnet18": 16, "transformer": 96}
 """What gradients are of, and its width unless another is asked for."""
@@ -29,6 +29,7 @@ def parser() -> Parser:
     p.add_argument("--width", type=positive(int), help="of the models (default: small ones)")
     p.add_argument("--seeds", type=positive(int), default=20, help="of sketches (default: %(default)s)")
     p.add_argument("--steps", type=positive(int), default=6, help="of training (default: %(default)s)")
+    p.add_argument("--device", type=filled, default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     return p
 
 
@@ -68,17 +69,17 @@ def transformer(width: int):
     return Rows()
 
 
-def recorded(name: str, width: int, steps: int, batch: int) -> dict[str, list]:
+def recorded(name: str, width: int, steps: int, batch: int, device: str) -> dict[str, list]:
     """Gradients of `steps` steps, by parameter."""
     import torch
     from torch.nn import functional as F
 
     from study import data, models
 
-    x, y = data.load("mnist5k", 256, 16, None, 0)
+    x, y = (t.to(device) for t in data.load("mnist5k", 256, 16, None, 0))
     torch.manual_seed(0)
     model = transformer(width) if name == "transformer" else models.build(name, x.shape[1], 16, width, 0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.to(device).parameters(), lr=0.1)
     found: dict[str, list] = {n: [] for n, _ in model.named_parameters()}
     for _ in range(steps):
         part = slice(None) if batch >= len(x) else torch.randperm(len(x))[:batch]
@@ -107,7 +108,7 @@ def errors(grads: dict[str, list], seeds: int) -> tuple[np.ndarray, np.ndarray, 
         any(sketch.sketched(g) for g, i in zip(first, index, strict=True) if i == j)
         for j in range(len(order))
     ]
-    backend = kernels.backend("auto", torch.device("cpu"))
+    backend = kernels.backend("auto", first[0].device)
     exact = np.zeros((3, len(grads[names[0]]) - 1, len(order)))
     for n, i in zip(names, index, strict=True):
         flat = [g.double().flatten() for g in grads[n]]
@@ -118,12 +119,12 @@ def errors(grads: dict[str, list], seeds: int) -> tuple[np.ndarray, np.ndarray, 
         kinds = [sketch.seed_of(f"{seed} {n}") for n in names]
         plan = kernels.Plan(first, first, index, len(order), backend, seeds=kinds)
         kept = [sketch.kept_like(g, g.dtype) for g in first]
-        out = torch.zeros((len(sketch.SUMS), len(order)), dtype=torch.float64)
+        out = torch.zeros((len(sketch.SUMS), len(order)), dtype=torch.float64, device=first[0].device)
         for t in range(len(grads[names[0]])):
             now = [grads[n][t] for n in names]
             plan.step(now, kept, None, [True] * len(names), [0] * len(names), None, out)
             if t:
-                dot, sq_norm, _, prev_sq_norm, *_, variance = out.numpy()
+                dot, sq_norm, _, prev_sq_norm, *_, variance = out.cpu().numpy()
                 norms = np.sqrt(sq_norm * prev_sq_norm)
                 wanted = exact[0, t - 1] / np.sqrt(exact[1, t - 1] * exact[2, t - 1])
                 error = (dot / norms - wanted)[estimated]
@@ -140,11 +141,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_device(options.device)
     print_memory()
     print(f"\n{'model':<12} {'batch':<6} {'layer rms':>10} {'global rms':>11} {'within 1.96':>12}")
     for name in options.models:
         for batch in (256, 64):
-            grads = recorded(name, options.width or MODELS[name], options.steps, batch)
+            grads = recorded(name, options.width or MODELS[name], options.steps, batch, options.device)
             one, everything, scaled = errors(grads, options.seeds)
             row = np.sqrt(np.mean(one**2)), np.sqrt(np.mean(everything**2)), np.mean(np.abs(scaled) <= 1.96)
             kind = "full" if batch == 256 else str(batch)

@@ -146,12 +146,13 @@ class Trainer:
         started = time.perf_counter()
         if self.opens_window:
             self._window = (number, self.meter.window(WINDOW))
-        loss, correct = self.backward()
-        if not torch.isfinite(loss):
-            raise Diverged(f"the loss is {loss.item()} in epoch {number}; try a smaller --lr")
+        # To the host at once: a GPU is waited for once an epoch.
+        loss, correct = torch.stack([value.double() for value in self.backward()]).tolist()
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} in epoch {number}; try a smaller --lr")
         self.optimizer.step()
-        self.progress.loss.append(loss.item())
-        self.progress.accuracy.append(correct.item() / self.count)
+        self.progress.loss.append(loss)
+        self.progress.accuracy.append(correct / self.count)
         self.progress.sharpness.append(sharpness)
         self.progress.seconds.append(time.perf_counter() - started)
         if self._window is not None and self._window[1].complete:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import reproduce
 import run
+import sketch
 import throughput
 import torch
 from study_config import CONFIG
@@ -110,6 +111,7 @@ def test_throughput(capsys):
         (kernels.main, ["--threads", 10**6], "threads are more than this machine can run"),
         (kernels.main, ["--device", "meta"], "--device meta cannot be used here"),
         (throughput.main, ["--device", "xyz"], "--device xyz cannot be used here"),
+        (sketch.main, ["--device", "xyz"], "--device xyz cannot be used here"),
         (throughput.main, ["--models", ""], "has an empty name"),
         (throughput.main, ["--models", "alexnet"], "unknown model 'alexnet'"),
         (throughput.main, ["--dataset", "imagenet"], "imagenet"),

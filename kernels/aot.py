@@ -38,7 +38,7 @@ VARIANTS = (
     *(f"{name}+scaled+bounded" for name in _MOMENTUM),
     *("monitor", "monitor+copy"),
     *(f"sketch{momentum}{scaled}" for momentum in ("", "+momentum") for scaled in ("", "+scaled")),
-    *(f"sketch+momentum{scaled}+bounded" for scaled in ("", "+scaled")),
+    "sketch+momentum+scaled+bounded",
     "sketch+monitor",
 )
 """Names of the variants of the step kernel: what it does, joined by "+". "measure" is against the last
@@ -52,7 +52,6 @@ _TYPES = {
     "pointers_ptr": "*i64",
     "tensor_ptr": "*i32",
     "start_ptr": "*i64",
-    "size_ptr": "*i64",
     "stop_ptr": "*i64",
     "seed_ptr": "*i64",
     "number_ptr": "*i32",
@@ -115,13 +114,13 @@ def compile_variant(target: str, dtype: torch.dtype, variant: str):
         options = triton_backend.REDUCE_OPTIONS
     elif variant == CHUNK:
         kernel = triton_sketch.chunk_kernel
-        constants = {"KEPT": triton_backend._ELEMENT[kept_dtype(dtype)], "BUCKETS": BUCKETS}
+        constants = {"KEPT": triton_backend.ELEMENT[kept_dtype(dtype)], "BUCKETS": BUCKETS}
         options = triton_sketch.SMALL_OPTIONS
     elif variant.startswith("sketch"):
         parts = variant.split("+")
         chosen = {part: part in parts for part in ("momentum", "scaled", "bounded")}
-        constants = triton_sketch.constants(dtype, "monitor" not in parts, **chosen)
-        kernel = triton_sketch.sketch_kernel
+        constants = triton_sketch.constants(dtype, update="monitor" not in parts, **chosen)
+        kernel = triton_backend.step_kernel
         options = triton_backend.options(dtype, gpu.warp_size)
     else:
         parts = variant.split("+")

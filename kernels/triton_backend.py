@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import SUMS, addresses, capturing
+from .sketch import GOLDEN, ODD, ODDER, OFFSETS
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -35,6 +36,10 @@ REDUCE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _ALIGNED: tl.constexpr = tl.constexpr(1)  # all pointers are multiples of 16 bytes
 _COPIED: tl.constexpr = tl.constexpr(2)  # store the gradient into the previous one
 _BUFFERED: tl.constexpr = tl.constexpr(4)  # there is a momentum buffer
+_GOLDEN: tl.constexpr = tl.constexpr(GOLDEN)
+_ODD: tl.constexpr = tl.constexpr(ODD)
+_ODDER: tl.constexpr = tl.constexpr(ODDER)
+_OFFSETS: tl.constexpr = tl.constexpr(OFFSETS)
 
 _TABLES = 4  # sets of addresses to keep: allocators hand a few out in turn
 _SPARES = 8  # tables made ahead for captures in CUDA graphs, which cannot make any
@@ -49,208 +54,207 @@ def unavailable(device: torch.device) -> str:
 
 
 @triton.jit
-def _update(
-    x,
-    g,
-    b,
-    lr,
-    decay,
-    gain,
-    weight_decay,
-    lookahead,
-    sign,
-    bound,
-    shrink,
-    buffered,
-    MOMENTUM: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
+def _load(pointers, mask, WANTED: tl.constexpr, MASKED: tl.constexpr):
+    """Zeros where nothing is loaded."""
+    if not WANTED:
+        return tl.zeros(pointers.shape, pointers.dtype.element_ty)
+    elif MASKED:
+        return tl.load(pointers, mask=mask, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _store(pointers, values, mask, WANTED: tl.constexpr, MASKED: tl.constexpr):
+    if WANTED and MASKED:
+        tl.store(pointers, values, mask=mask)
+    elif WANTED:
+        tl.store(pointers, values)
+
+
+@triton.jit
+def _summed(sums, g, q, b, PAIR: tl.constexpr, MOMENTUM: tl.constexpr):
+    """The sums of :data:`oscopt.kernels.SUMS` and what a block adds to them.
+
+    Each thread adds up what it holds itself: a sum a lane would take several times the registers.
+    """
+    dot, sq_norm, diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm = sums
+    sq_norm += _of_thread(g * g, sq_norm)
+    if PAIR:
+        q = q.to(tl.float64)
+        diff = g - q
+        dot += _of_thread(g * q, dot)
+        diff_sq_norm += _of_thread(diff * diff, dot)
+        prev_sq_norm += _of_thread(q * q, dot)
+    if MOMENTUM:
+        alignment += _of_thread(g * b, dot)
+        momentum_sq_norm += _of_thread(b * b, dot)
+    return dot, sq_norm, diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm
+
+
+@triton.jit
+def _of_thread(values, like):
+    threads: tl.constexpr = like.shape[0]
+    return tl.sum(tl.reshape(values, (threads, values.shape[0] // threads)), axis=1)
+
+
+@triton.jit
+def _updated(x, g, b, rule, buffered, MOMENTUM: tl.constexpr, BOUNDED: tl.constexpr):
     """One update of :data:`oscopt.kernels.HYPER`, rounded as torch.optim.SGD rounds it: x, b."""
+    lr, momentum, one_minus_dampening, weight_decay, nesterov_momentum, sign, bound, bounded_decay = rule
     d = g * sign
     # An infinite parameter times a weight decay of 0 would be NaN.
     d = tl.where(weight_decay != 0, tl.fma(x, weight_decay, d), d)
     if MOMENTUM:
-        b = tl.fma(d, gain, b * decay)
-        d = tl.where(buffered, tl.where(lookahead != 0, tl.fma(b, lookahead, d), b), d)
+        b = tl.fma(d, one_minus_dampening, b * momentum)
+        nesterov = tl.where(nesterov_momentum != 0, tl.fma(b, nesterov_momentum, d), b)
+        d = tl.where(buffered, nesterov, d)
         if BOUNDED:
             clipped = tl.where(d > bound, bound, tl.where(d < -bound, -bound, d))
             clipped += d * 0.0  # 0 times what is not finite is NaN
-            clipped = tl.where(shrink != 0, tl.fma(x, shrink, clipped), clipped)
+            clipped = tl.where(bounded_decay != 0, tl.fma(x, bounded_decay, clipped), clipped)
             d = tl.where(bound < float("inf"), clipped, d)
     return tl.fma(d, -lr, x), b
 
 
 @triton.jit
+def _hashed(index, seed):
+    """:func:`oscopt.kernels.sketch.hashed`, of uint32."""
+    x = index * _GOLDEN + seed
+    x = (x ^ (x >> 16)) * _ODD
+    x = (x ^ (x >> 15)) * _ODDER
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def sketched_run(x_ptr, run, count, seed, COMPUTE: tl.constexpr, MASKED: tl.constexpr, BUCKETS: tl.constexpr):
+    """What one run of consecutive elements adds to its buckets, see :mod:`oscopt.kernels.sketch`.
+
+    Bucket b reads element (b - o) mod k of a run that is rotated by o, so nothing is scattered.
+
+    Args:
+        x_ptr: the run's first element.
+        run: its number in its tensor, int64.
+        count: how many elements there are; read if MASKED, else BUCKETS.
+    """
+    first = run * BUCKETS
+    offset = _hashed(run.to(tl.uint32), seed ^ _OFFSETS).to(tl.int32)
+    at = (tl.arange(0, BUCKETS) - offset) & (BUCKETS - 1)
+    value = _load(x_ptr + at, at < count, True, MASKED).to(COMPUTE)
+    # 32 elements share a hash, 8 apart; numbers of 64 bits would cost twice the instructions.
+    number = (first & 255).to(tl.int32) + at
+    bits = _hashed((first // 256 * 8).to(tl.uint32) + ((number >> 8) * 8 + (number & 7)).to(tl.uint32), seed)
+    minus = (bits >> (31 - ((number >> 3) & 31)).to(tl.uint32)) & 1
+    return tl.where(minus == 1, -value, value)
+
+
+@triton.jit
 def _pass(
-    p_ptr,
-    g_ptr,
-    q_ptr,
-    b_ptr,
+    pointers,
+    first_run,
+    seed,
     count,
-    lr,
-    decay,
-    gain,
-    weight_decay,
-    lookahead,
-    sign,
-    bound,
-    shrink,
+    rule,
     copied,
     buffered,
     partial_ptr,
-    ELEMENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    bucket_ptr,
     UPDATE: tl.constexpr,
     MEASURE: tl.constexpr,
     PAIR: tl.constexpr,
     MOMENTUM: tl.constexpr,
     COPY: tl.constexpr,
     BOUNDED: tl.constexpr,
+    SKETCH: tl.constexpr,
     MASKED: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update `count` elements from the pointers on, a multiple of BLOCK unless MASKED; store their sums."""
+    """Update `count` elements from the pointers on, a multiple of BLOCK unless MASKED; store their sums.
+
+    A sum that is not stored is not taken: the compiler drops it.
+    """
+    p_ptr, g_ptr, q_ptr, b_ptr = pointers
+    THREADS: tl.constexpr = BLOCK * ELEMENT.primitive_bitwidth // 128
     lanes = tl.arange(0, BLOCK)
-    zero = tl.zeros((BLOCK,), tl.float64)
-    dot, sq_norm, diff_sq_norm, prev_sq_norm = zero, zero, zero, zero
-    alignment, momentum_sq_norm = zero, zero
+    zero = tl.zeros((THREADS,), tl.float64)
+    dot, sq_norm, diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm = zero, zero, zero, zero, zero, zero
+    buckets = tl.zeros((BLOCK,), COMPUTE)
     for offset in range(0, count, BLOCK):
         at = offset + lanes
+        mask = at < count
+        buffer_mask, copy_mask = buffered, copied
         if MASKED:
-            mask = at < count
-            buffer_mask = mask & buffered
-            copy_mask = mask & copied
-        else:
-            mask = None
-            buffer_mask = buffered
-            copy_mask = copied
-        g_raw = tl.load(g_ptr + at, mask=mask)
+            buffer_mask, copy_mask = mask & buffered, mask & copied
+        # All loads come first: one that comes after sums waits for what those wait for.
+        g_raw = _load(g_ptr + at, mask, True, MASKED)
+        q = _load(q_ptr + at, mask, PAIR, MASKED)
+        b = _load(b_ptr + at, buffer_mask, MOMENTUM, True).to(COMPUTE)
+        x = _load(p_ptr + at, mask, UPDATE, MASKED).to(COMPUTE)
         g = g_raw.to(COMPUTE)
-        g64 = g.to(tl.float64)
-        if MASKED:
-            g64 = tl.where(mask, g64, 0.0)
-        if PAIR:
-            q = tl.load(q_ptr + at, mask=mask).to(tl.float64)
-            if MASKED:
-                q = tl.where(mask, q, 0.0)
-        if MOMENTUM:
-            b = tl.load(b_ptr + at, mask=buffer_mask, other=0.0).to(COMPUTE)
-            if MEASURE:
-                b64 = b.to(tl.float64)
-                alignment = tl.fma(g64, b64, alignment)
-                momentum_sq_norm = tl.fma(b64, b64, momentum_sq_norm)
+        g64, b64 = g.to(tl.float64), b.to(tl.float64)  # before the update: it takes fewer registers
         if UPDATE:
-            x = tl.load(p_ptr + at, mask=mask).to(COMPUTE)
-            if MOMENTUM:
-                x, b = _update(
-                    x, g, b, lr, decay, gain, weight_decay, lookahead, sign, bound, shrink, buffered,
-                    True, BOUNDED,
-                )  # fmt: skip
-                tl.store(b_ptr + at, b.to(ELEMENT), mask=buffer_mask)
-            else:
-                x, _ = _update(
-                    x, g, x, lr, decay, gain, weight_decay, lookahead, sign, bound, shrink, buffered,
-                    False, False,
-                )  # fmt: skip
-            tl.store(p_ptr + at, x.to(ELEMENT), mask=mask)
-        if COPY:
-            tl.store(q_ptr + at, g_raw, mask=copy_mask)
-        if MEASURE:
-            sq_norm = tl.fma(g64, g64, sq_norm)
-            if PAIR:
-                diff = g64 - q
-                dot = tl.fma(g64, q, dot)
-                diff_sq_norm = tl.fma(diff, diff, diff_sq_norm)
-                prev_sq_norm = tl.fma(q, q, prev_sq_norm)
+            x, b = _updated(x, g, b, rule, buffered, MOMENTUM, BOUNDED)
+            _store(p_ptr + at, x.to(ELEMENT), mask, True, MASKED)
+            _store(b_ptr + at, b.to(ELEMENT), buffer_mask, MOMENTUM, True)
+        _store(q_ptr + at, g_raw, copy_mask, COPY, True)
+        dot, sq_norm, diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm = _summed(
+            (dot, sq_norm, diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm),
+            g64,
+            q,
+            b64,
+            PAIR,
+            MOMENTUM,
+        )
+        if SKETCH:  # of the same elements, which the first-level cache still holds
+            run = first_run + offset // BLOCK
+            buckets += sketched_run(g_ptr + offset, run, count - offset, seed, COMPUTE, MASKED, BLOCK)
     if MEASURE:
         tl.store(partial_ptr, tl.sum(dot))
         tl.store(partial_ptr + 1, tl.sum(sq_norm))
         tl.store(partial_ptr + 2, tl.sum(diff_sq_norm))
         tl.store(partial_ptr + 3, tl.sum(prev_sq_norm))
-        tl.store(partial_ptr + 4, tl.sum(alignment) * sign)
+        tl.store(partial_ptr + 4, tl.sum(alignment) * rule[5])
         tl.store(partial_ptr + 5, tl.sum(momentum_sq_norm))
+    if SKETCH:
+        tl.store(bucket_ptr + lanes, buckets)
 
 
 @triton.jit
-def step_tile(
+def _rule(
     k,
-    start,
-    stop,
-    pointers_ptr,
-    flags_ptr,
+    buffered,
     row_ptr,
     hyper_ptr,
     scale_of_ptr,
     scale_ptr,
     bound_ptr,
-    partial_ptr,
-    N,
-    ELEMENT: tl.constexpr,
     COMPUTE: tl.constexpr,
-    UPDATE: tl.constexpr,
-    MEASURE: tl.constexpr,
-    PAIR: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    COPY: tl.constexpr,
     SCALED: tl.constexpr,
     BOUNDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
 ):
-    """Update elements [start, stop) of tensor k, at most TILE, and store their sums, as the step kernel."""
-    flags = tl.load(flags_ptr + k)
-    element = tl.pointer_type(ELEMENT)
-    g_ptr = tl.load(pointers_ptr + N + k).to(element) + start
-    p_ptr = tl.load(pointers_ptr + k).to(element) + start
-    q_ptr = tl.load(pointers_ptr + 2 * N + k).to(element) + start
-    b_ptr = tl.load(pointers_ptr + 3 * N + k).to(element) + start
-    lr = 0.0
-    decay = 0.0
-    gain = 0.0
-    weight_decay = 0.0
-    lookahead = 0.0
-    sign = 1.0
+    """What an update of tensor k needs to know."""
+    hyper_ptr += 6 * tl.load(row_ptr + k)
+    lr = tl.load(hyper_ptr)
+    entry = tl.load(scale_of_ptr + k)
+    if SCALED:
+        lr *= tl.load(scale_ptr + entry, mask=entry >= 0, other=1.0)
+    lr = lr.to(COMPUTE)
+    momentum = tl.load(hyper_ptr + 1).to(COMPUTE)
+    one_minus_dampening = tl.load(hyper_ptr + 2).to(COMPUTE)
+    weight_decay = tl.load(hyper_ptr + 3).to(COMPUTE)
+    nesterov_momentum = tl.load(hyper_ptr + 4).to(COMPUTE)
+    sign = tl.load(hyper_ptr + 5).to(COMPUTE)
     bound = float("inf")
-    shrink = 0.0
-    if UPDATE:
-        hyper_ptr += 6 * tl.load(row_ptr + k)
-        lr = tl.load(hyper_ptr)
-        entry = tl.load(scale_of_ptr + k)
-        if SCALED:
-            lr *= tl.load(scale_ptr + entry, mask=entry >= 0, other=1.0)
-        lr = lr.to(COMPUTE)
-        decay = tl.load(hyper_ptr + 1).to(COMPUTE)
-        gain = tl.load(hyper_ptr + 2).to(COMPUTE)
-        weight_decay = tl.load(hyper_ptr + 3).to(COMPUTE)
-        lookahead = tl.load(hyper_ptr + 4).to(COMPUTE)
-        sign = tl.load(hyper_ptr + 5).to(COMPUTE)
-        if BOUNDED:
-            there = (entry >= 0) & ((flags & _BUFFERED) != 0)
-            bound = tl.load(bound_ptr + entry, mask=there, other=float("inf")).to(COMPUTE)
-            bounded = bound < float("inf")
-            shrink = tl.where(bounded, weight_decay * bound, 0.0)
-            weight_decay = tl.where(bounded, 0.0, weight_decay)
-            lookahead = tl.where(bounded, 0.0, lookahead)
-    copied = (tl.zeros((BLOCK,), tl.int32) + (flags & _COPIED)) != 0
-    buffered = (tl.zeros((BLOCK,), tl.int32) + (flags & _BUFFERED)) != 0
-    # One loop, compiled twice: without masks every access is 128 bits wide.
-    if (flags & _ALIGNED) != 0 and start + TILE <= stop:
-        p_ptr = tl.multiple_of(p_ptr, 16)
-        g_ptr = tl.multiple_of(g_ptr, 16)
-        q_ptr = tl.multiple_of(q_ptr, 16)
-        b_ptr = tl.multiple_of(b_ptr, 16)
-        _pass(
-            p_ptr, g_ptr, q_ptr, b_ptr, TILE, lr, decay, gain, weight_decay, lookahead, sign, bound, shrink,
-            copied, buffered, partial_ptr, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, BOUNDED,
-            False, BLOCK,
-        )  # fmt: skip
-    else:
-        rest = (stop - start).to(tl.int32)
-        _pass(
-            p_ptr, g_ptr, q_ptr, b_ptr, rest, lr, decay, gain, weight_decay, lookahead, sign, bound, shrink,
-            copied, buffered, partial_ptr, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, BOUNDED,
-            True, BLOCK,
-        )  # fmt: skip
+    bounded_decay = 0.0
+    if BOUNDED:
+        bound = tl.load(bound_ptr + entry, mask=(entry >= 0) & buffered, other=float("inf")).to(COMPUTE)
+        bounded = bound < float("inf")
+        bounded_decay = tl.where(bounded, weight_decay * bound, 0.0)
+        weight_decay = tl.where(bounded, 0.0, weight_decay)
+        nesterov_momentum = tl.where(bounded, 0.0, nesterov_momentum)
+    return lr, momentum, one_minus_dampening, weight_decay, nesterov_momentum, sign, bound, bounded_decay
 
 
 @triton.jit
@@ -258,7 +262,7 @@ def step_kernel(
     pointers_ptr,  # int64 (4, N): addresses of parameters, gradients, previous gradients, momentum buffers
     tensor_ptr,  # int32 (tiles,): each tile's tensor
     start_ptr,  # int64 (tiles,): its first element
-    size_ptr,  # int64 (N,)
+    stop_ptr,  # int64 (tiles,): behind its last one
     flags_ptr,  # int32 (N,): the sum of ALIGNED, COPIED and BUFFERED, where they hold
     row_ptr,  # int32 (N,): row of hyper
     hyper_ptr,  # float64 (rows, 6)
@@ -266,6 +270,8 @@ def step_kernel(
     scale_ptr,  # float64 (L,): what multiplies a layer's learning rate, if SCALED
     bound_ptr,  # float64 (L,): what bounds a layer's update, if BOUNDED
     partial_ptr,  # float64 (tiles, 6)
+    seed_ptr,  # int64 (N,), if SKETCH
+    bucket_ptr,  # COMPUTE (tiles, BLOCK): the sketch of each tile, if SKETCH
     N,
     ELEMENT: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -276,19 +282,50 @@ def step_kernel(
     COPY: tl.constexpr,
     SCALED: tl.constexpr,
     BOUNDED: tl.constexpr,
+    SKETCH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Update the elements of one tile and take its sums."""
+    """Update the elements of one tile, and take its sums and its sketch."""
     tile = tl.program_id(0)
     k = tl.load(tensor_ptr + tile)
-    start = tl.multiple_of(tl.load(start_ptr + tile), TILE)
-    stop = tl.minimum(start + TILE, tl.load(size_ptr + k))
-    step_tile(
-        k, start, stop, pointers_ptr, flags_ptr, row_ptr, hyper_ptr, scale_of_ptr, scale_ptr, bound_ptr,
-        partial_ptr + 6 * tile.to(tl.int64), N, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY,
-        SCALED, BOUNDED, BLOCK, TILE,
-    )  # fmt: skip
+    start = tl.multiple_of(tl.load(start_ptr + tile), BLOCK)
+    stop = tl.load(stop_ptr + tile)
+    flags = tl.load(flags_ptr + k)
+    element = tl.pointer_type(ELEMENT)
+    p_ptr = tl.load(pointers_ptr + k).to(element) + start
+    g_ptr = tl.load(pointers_ptr + N + k).to(element) + start
+    q_ptr = tl.load(pointers_ptr + 2 * N + k).to(element) + start
+    b_ptr = tl.load(pointers_ptr + 3 * N + k).to(element) + start
+    rule = 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0
+    if UPDATE:
+        there = (flags & _BUFFERED) != 0
+        rule = _rule(
+            k, there, row_ptr, hyper_ptr, scale_of_ptr, scale_ptr, bound_ptr, COMPUTE, SCALED, BOUNDED
+        )
+    first_run, seed = start // BLOCK, start
+    if SKETCH:
+        seed = tl.load(seed_ptr + k).to(tl.uint32)
+    copied = (tl.zeros((BLOCK,), tl.int32) + (flags & _COPIED)) != 0
+    buffered = (tl.zeros((BLOCK,), tl.int32) + (flags & _BUFFERED)) != 0
+    partial_ptr += 6 * tile.to(tl.int64)
+    bucket_ptr += BLOCK * tile.to(tl.int64)
+    # One loop, compiled twice: without masks every access is 128 bits wide.
+    if (flags & _ALIGNED) != 0 and start + TILE <= stop:
+        p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
+        q_ptr, b_ptr = tl.multiple_of(q_ptr, 16), tl.multiple_of(b_ptr, 16)
+        _pass(
+            (p_ptr, g_ptr, q_ptr, b_ptr), first_run, seed, TILE, rule, copied, buffered,
+            partial_ptr, bucket_ptr, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, BOUNDED, SKETCH, False, ELEMENT,
+            COMPUTE, BLOCK,
+        )  # fmt: skip
+    else:
+        rest = (stop - start).to(tl.int32)
+        _pass(
+            (p_ptr, g_ptr, q_ptr, b_ptr), first_run, seed, rest, rule, copied, buffered,
+            partial_ptr, bucket_ptr, UPDATE, MEASURE, PAIR, MOMENTUM, COPY, BOUNDED, SKETCH, True, ELEMENT,
+            COMPUTE, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -318,7 +355,7 @@ def reduce_kernel(
     tl.store(out_ptr + s * stride + layer, tl.where((value - value == 0) & taken, value, float("nan")))
 
 
-_ELEMENT = {
+ELEMENT = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
@@ -336,10 +373,12 @@ def constants(
     copy: bool,
     scaled: bool,
     bounded: bool,
+    sketch: bool = False,
+    tile: int = TILE,
 ) -> dict:
     """The compile-time arguments of :func:`step_kernel`: `pair`: there are previous gradients."""
     return {
-        "ELEMENT": _ELEMENT[dtype],
+        "ELEMENT": ELEMENT[dtype],
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "UPDATE": update,
         "MEASURE": measure,
@@ -348,8 +387,9 @@ def constants(
         "COPY": copy,
         "SCALED": scaled,
         "BOUNDED": bounded,
+        "SKETCH": sketch,
         "BLOCK": BLOCK,
-        "TILE": TILE,
+        "TILE": tile,
     }
 
 
@@ -367,12 +407,8 @@ class Batch:
         self._device = params[0].device
         self._num_layers = num_layers
         sizes = np.array([p.numel() for p in params], np.int64)
-        tensor, start = _tiles(sizes, TILE)
-        self._tensor, self._start, self._sizes = (
-            self._upload(tensor),
-            self._upload(start),
-            self._upload(sizes),
-        )
+        tensor, start, stop = cut(sizes, TILE)
+        self._tiles = self._tables_of(tensor, start, stop)
         self._scale_of = self._upload(np.array(layer_of if scale_of is None else scale_of, np.int32))
         bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
         self._bounds = self._upload(bounds.astype(np.int32))
@@ -384,6 +420,14 @@ class Batch:
         self._rows: tuple[Sequence[int] | None, Tensor | None] = (None, None)
         self._hyper: tuple[object, Tensor | None] = (None, None)
 
+    def _tables_of(self, tensor: np.ndarray, start: np.ndarray, stop: np.ndarray) -> dict[str, Tensor]:
+        """Arguments of the step kernel that tell its tiles."""
+        return {
+            "tensor_ptr": self._upload(tensor),
+            "start_ptr": self._upload(start),
+            "stop_ptr": self._upload(stop),
+        }
+
     def prepare_capture(self) -> None:
         """Tables, which are in pinned memory: none can be had later."""
         while len(self._spares) < _SPARES:
@@ -393,19 +437,18 @@ class Batch:
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
         measure, pair = out is not None, out is not None and prevs is not None
-        if len(self._tensor) and (measure or hyper is not None):
+        if len(self._partials) and (measure or hyper is not None):
             if scale is None and bound is not None:
                 scale = self._ones  # saves a variant to compile: who bounds steps scales them, too
             arguments = self._arguments(grads, prevs, bufs, copies, rows, hyper, scale, bound)
-            chosen = constants(
-                self._dtype,
-                update=hyper is not None,
-                measure=measure,
-                pair=pair,
-                copy=pair and copies is not None,
-                **_variant(bufs, hyper, scale, bound),
+            variant = variant_of(bufs, hyper, scale, bound) | {
+                "measure": measure,
+                "pair": pair,
+                "copy": pair and copies is not None,
+            }
+            step_kernel[(len(self._partials),)](
+                **arguments, **self._tiles, **constants(self._dtype, **variant), **options(self._dtype)
             )
-            step_kernel[(len(self._tensor),)](**arguments, **chosen, **options(self._dtype))
         if measure:
             self._reduce(self._partials, self._bounds, pair, bufs is not None, out)
 
@@ -423,9 +466,6 @@ class Batch:
                         self._captured[id(uploaded)] = (uploaded,)
         return {
             "pointers_ptr": pointers,
-            "tensor_ptr": self._tensor,
-            "start_ptr": self._start,
-            "size_ptr": self._sizes,
             "flags_ptr": flags,
             # Not read where nothing is updated.
             "row_ptr": self._rows[1] if hyper is not None else self._scale_of,
@@ -434,6 +474,9 @@ class Batch:
             "scale_ptr": self._partials if scale is None else scale,
             "bound_ptr": self._partials if bound is None else bound,
             "partial_ptr": self._partials,
+            # Not read where nothing is sketched.
+            "seed_ptr": self._scale_of,
+            "bucket_ptr": self._partials,
             "N": len(grads),
         }
 
@@ -504,10 +547,11 @@ class Batch:
         return on_device.copy_(host, non_blocking=True)
 
 
-def _variant(bufs, hyper, scale, bound) -> dict[str, bool]:
-    """Of the update that a step does: compile-time arguments of :func:`step_tile`."""
+def variant_of(bufs, hyper, scale, bound) -> dict[str, bool]:
+    """Of the update that a step does: arguments of :func:`constants`."""
     momentum = bufs is not None and any(b is not None for b in bufs)
     return {
+        "update": hyper is not None,
         "momentum": momentum,
         "scaled": scale is not None,
         "bounded": momentum and hyper is not None and bound is not None,
@@ -519,9 +563,14 @@ def _parts(table: Tensor) -> tuple[Tensor, Tensor]:
     return table[:4], table[4].view(torch.int32)
 
 
-def _tiles(sizes: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tensor (int32) and the first element (int64) of every tile of `tile` elements."""
-    tiles = -(-sizes // tile)
-    tensor = np.repeat(np.arange(len(sizes), dtype=np.int32), tiles)
-    start = (np.arange(len(tensor)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * tile
-    return tensor, start
+def cut(sizes: np.ndarray, pieces: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut tensors of `sizes` elements into pieces of at most so many.
+
+    Returns:
+        Whose each piece is (int32), its first element and the one behind its last (int64), in order.
+    """
+    size = np.broadcast_to(np.asarray(pieces, np.int64), sizes.shape)
+    counts: np.ndarray = -(-sizes // size)
+    owner = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
+    start = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * size[owner]
+    return owner, start, np.minimum(start + size[owner], sizes[owner])

@@ -17,86 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import addresses, triton_backend
-from .sketch import BUCKETS, FOLD, GOLDEN, ODD, ODDER, OFFSETS, SUMS, chunk_size, kept_dtype
-from .triton_backend import _ELEMENT, _variant, options, step_tile
+from .sketch import BUCKETS, FOLD, SUMS, chunk_size, kept_dtype
+from .triton_backend import ELEMENT, cut, options, sketched_run, step_kernel, variant_of
 
 ROWS = 16  # runs of a tile
 TILE = ROWS * BUCKETS  # elements of a program
 SMALL_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-_GOLDEN: tl.constexpr = tl.constexpr(GOLDEN)
-_ODD: tl.constexpr = tl.constexpr(ODD)
-_ODDER: tl.constexpr = tl.constexpr(ODDER)
-_OFFSETS: tl.constexpr = tl.constexpr(OFFSETS)
-
-
-@triton.jit
-def _hashed(index, seed):
-    """:func:`oscopt.kernels.sketch.hashed`, uint32."""
-    x = index.to(tl.uint32) * _GOLDEN + seed
-    x = (x ^ (x >> 16)) * _ODD
-    x = (x ^ (x >> 15)) * _ODDER
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _gathered(g_ptr, first, count, seed, COMPUTE: tl.constexpr, BUCKETS: tl.constexpr):
-    """The buckets of `count` elements, the first of which is number `first` of its tensor."""
-    lanes = tl.arange(0, BUCKETS)
-    buckets = tl.zeros((BUCKETS,), COMPUTE)
-    for start in range(0, count, BUCKETS):
-        run = tl.zeros((BUCKETS,), tl.int64) + (first + start) // BUCKETS
-        offset = _hashed(run, seed ^ _OFFSETS)
-        at = start + ((lanes - offset.to(tl.int32)) & (BUCKETS - 1))
-        value = tl.load(g_ptr + at, mask=at < count, other=0.0).to(COMPUTE)
-        number = first + at
-        bits = _hashed((number >> 8) * 8 + (number & 7), seed)
-        minus = (bits >> (31 - ((number >> 3) & 31)).to(tl.uint32)) & 1
-        buckets += tl.where(minus == 1, -value, value)
-    return buckets
-
-
-@triton.jit
-def sketch_kernel(
-    pointers_ptr,  # int64 (4, N): addresses of parameters, gradients, what is kept, momentum buffers
-    tensor_ptr,  # int32 (tiles,): each tile's tensor
-    start_ptr,  # int64 (tiles,): its first element
-    stop_ptr,  # int64 (tiles,): behind its last one
-    seed_ptr,  # int64 (N,)
-    flags_ptr,  # this and the rest as the step kernel has it
-    row_ptr,
-    hyper_ptr,
-    scale_of_ptr,
-    scale_ptr,
-    bound_ptr,
-    partial_ptr,  # float64 (tiles, 6)
-    bucket_ptr,  # COMPUTE (tiles, BUCKETS)
-    N,
-    ELEMENT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    UPDATE: tl.constexpr,
-    MEASURE: tl.constexpr,
-    PAIR: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    COPY: tl.constexpr,
-    SCALED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Update the elements of one tile, take its sums and its buckets."""
-    tile = tl.program_id(0)
-    k = tl.load(tensor_ptr + tile)
-    start = tl.multiple_of(tl.load(start_ptr + tile), BLOCK)
-    stop = tl.load(stop_ptr + tile)
-    step_tile(
-        k, start, stop, pointers_ptr, flags_ptr, row_ptr, hyper_ptr, scale_of_ptr, scale_ptr, bound_ptr,
-        partial_ptr + 6 * tile.to(tl.int64), N, ELEMENT, COMPUTE, UPDATE, MEASURE, PAIR, MOMENTUM, COPY,
-        SCALED, BOUNDED, BLOCK, TILE,
-    )  # fmt: skip
-    g_ptr = tl.load(pointers_ptr + N + k).to(tl.pointer_type(ELEMENT)) + start
-    seed = tl.load(seed_ptr + k).to(tl.uint32)
-    buckets = _gathered(g_ptr, start, (stop - start).to(tl.int32), seed, COMPUTE, BLOCK)
-    tl.store(bucket_ptr + tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK), buckets)
 
 
 @triton.jit
@@ -172,9 +98,13 @@ def gather_kernel(
     tile = tl.program_id(0)
     k = tl.load(tensor_ptr + tile)
     start = tl.load(start_ptr + tile)
-    x_ptr = tl.load(pointers_ptr + k).to(tl.pointer_type(ELEMENT)) + start
     count = (tl.load(stop_ptr + tile) - start).to(tl.int32)
-    buckets = _gathered(x_ptr, start, count, tl.load(seed_ptr + k).to(tl.uint32), COMPUTE, BUCKETS)
+    x_ptr = tl.load(pointers_ptr + k).to(tl.pointer_type(ELEMENT)) + start
+    seed = tl.load(seed_ptr + k).to(tl.uint32)
+    buckets = tl.zeros((BUCKETS,), COMPUTE)
+    for offset in range(0, count, BUCKETS):
+        run = (start + offset) // BUCKETS
+        buckets += sketched_run(x_ptr + offset, run, count - offset, seed, COMPUTE, True, BUCKETS)
     tl.store(bucket_ptr + tile.to(tl.int64) * BUCKETS + tl.arange(0, BUCKETS), buckets)
 
 
@@ -207,19 +137,15 @@ class Batch(triton_backend.Batch):
     ) -> None:
         super().__init__(params, layer_of, num_layers, scale_of)
         sizes = np.array([p.numel() for p in params], np.int64)
-        of_chunk, first, last = _cut(sizes, [chunk_size(size) for size in sizes.tolist()])
-        chunk_of, start, stop = _cut(last - first, TILE)
+        of_chunk, first, last = cut(sizes, [chunk_size(size) for size in sizes.tolist()])
+        chunk_of, start, stop = cut(last - first, TILE)
         start, stop = start + first[chunk_of], stop + first[chunk_of]
         runs = -(-(last - first) // BUCKETS)
         number = np.arange(len(of_chunk)) - np.searchsorted(of_chunk, of_chunk)
         tile_bounds = np.searchsorted(chunk_of, np.arange(len(of_chunk) + 1))
         chunk_bounds = np.searchsorted(np.asarray(layer_of)[of_chunk], np.arange(num_layers + 1))
-        self._tiles = {
-            "tensor_ptr": self._upload(of_chunk[chunk_of].astype(np.int32)),
-            "start_ptr": self._upload(start),
-            "stop_ptr": self._upload(stop),
-            "seed_ptr": self._upload(np.array(seeds, np.int64)),
-        }
+        self._seeds = self._upload(np.array(seeds, np.int64))
+        self._sketch_tiles = self._tables_of(of_chunk[chunk_of], start, stop)
         self._chunks = [self._upload(x.astype(np.int32)) for x in (of_chunk, number, runs, tile_bounds)]
         self._chunk_bounds = self._upload(chunk_bounds.astype(np.int32))
 
@@ -227,19 +153,20 @@ class Batch(triton_backend.Batch):
         if prevs is None:
             super().step(grads, None, bufs, None, rows, hyper, out, scale, bound)
             return
-        tiles, chunks = len(self._tiles["start_ptr"]), len(self._chunks[0])
+        if scale is None and bound is not None:
+            scale = self._ones
+        tiles, chunks = len(self._sketch_tiles["start_ptr"]), len(self._chunks[0])
         # Needed for the moment only: not to be held.
         sums, partials = (
             torch.empty((n, width), dtype=torch.float64, device=self._device)
             for n, width in ((tiles, 6), (chunks, len(SUMS)))
         )
-        chosen = constants(self._dtype, hyper is not None, **_variant(bufs, hyper, scale, bound))
         buckets = torch.empty((tiles, BUCKETS), dtype=kept_dtype(self._dtype), device=self._device)
         arguments = self._arguments(grads, prevs, bufs, None, rows, hyper, scale, bound)
-        del arguments["size_ptr"]
-        arguments |= self._tiles | {"partial_ptr": sums, "bucket_ptr": buckets}
-        sketch_kernel[(tiles,)](**arguments, **chosen, **options(self._dtype))
-        kept = {"KEPT": _ELEMENT[kept_dtype(self._dtype)], "BUCKETS": BUCKETS}
+        arguments |= {"partial_ptr": sums, "bucket_ptr": buckets, "seed_ptr": self._seeds}
+        chosen = constants(self._dtype, **variant_of(bufs, hyper, scale, bound))
+        step_kernel[(tiles,)](**arguments, **self._sketch_tiles, **chosen, **options(self._dtype))
+        kept = {"KEPT": ELEMENT[kept_dtype(self._dtype)], "BUCKETS": BUCKETS}
         chunk_kernel[(chunks,)](
             arguments["pointers_ptr"],
             *self._chunks,
@@ -253,10 +180,10 @@ class Batch(triton_backend.Batch):
         self._reduce(partials, self._chunk_bounds, True, bufs is not None, out)
 
 
-def constants(dtype: torch.dtype, update: bool, **variant: bool) -> dict:
-    """The compile-time arguments of :func:`sketch_kernel`."""
-    chosen = triton_backend.constants(dtype, update=update, measure=True, pair=False, copy=False, **variant)
-    return chosen | {"BLOCK": BUCKETS, "TILE": TILE}
+def constants(dtype: torch.dtype, **variant: bool) -> dict:
+    """The compile-time arguments of the step kernel where it sketches."""
+    fixed = {"measure": True, "pair": False, "copy": False}
+    return triton_backend.constants(dtype, **fixed, **variant, sketch=True, tile=TILE)
 
 
 def fold(
@@ -268,23 +195,14 @@ def fold(
     key = dtype, buckets, where.tobytes()
     if key not in cache:
         sizes = np.array([x.numel() for x in kept], np.int64)
-        tensor, start, stop = _cut(sizes, ROWS * buckets)
+        tensor, start, stop = cut(sizes, ROWS * buckets)
         bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(len(out) + 1)).astype(np.int32)
         tables = where, tensor, start, stop, np.array(seeds, np.int64) ^ FOLD, bounds
         cache[key] = [torch.from_numpy(x).to(out.device) for x in tables]
     *tables, bounds = cache[key]
     tiles = len(tables[1])
     partial = torch.empty((tiles, buckets), dtype=kept_dtype(dtype), device=out.device)
-    kinds = {"ELEMENT": _ELEMENT[dtype], "COMPUTE": _ELEMENT[kept_dtype(dtype)]}
+    kinds = {"ELEMENT": ELEMENT[dtype], "COMPUTE": ELEMENT[kept_dtype(dtype)]}
     if tiles:
         gather_kernel[(tiles,)](*tables, partial, **kinds, BUCKETS=buckets, **SMALL_OPTIONS)
         fold_kernel[(len(out),)](partial, bounds, out, out.stride(0), BUCKETS=buckets, **SMALL_OPTIONS)
-
-
-def _cut(sizes: np.ndarray, pieces: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whose each piece is (int32), its first element and the one behind its last (int64)."""
-    size = np.broadcast_to(np.asarray(pieces, np.int64), sizes.shape)
-    counts: np.ndarray = -(-sizes // size)
-    owner = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
-    start = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * size[owner]
-    return owner, start, np.minimum(start + size[owner], sizes[owner])

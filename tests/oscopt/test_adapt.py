@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -618,9 +619,11 @@ def test_bad_scales_are_kept_out(bad):
         return measured.scale * (bad if measured.steps > 2 else 2.0)
 
     optimizer = OscGD(net.named_parameters(), lr=1e-3, adapt=policy)
-    with pytest.warns(UserWarning, match="negative or not finite.*rejected_scales") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         train(net, optimizer, 6)
-    assert len([w for w in caught if "rejected_scales" in str(w.message)]) == 1
+    told = [w for w in caught if "negative or not finite" in str(w.message)]
+    assert len(told) == (DEVICE == "cpu")  # a GPU would have to be waited for
     assert (optimizer.step_scale == 2).all() and optimizer.rejected_scales == 4 * 3
 
 

@@ -392,7 +392,7 @@ def test_a_monitor_of_a_captured_optimizer(monkeypatch):
     options = {"what": ("grad", "update"), "backend": "triton"}
     grads = gradients()
     usual, captured = parameters(), parameters()
-    rates = torch.tensor(1.0, device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    rates = torch.tensor(1.0), torch.tensor(1.0, device=DEVICE)  # a rate on a GPU is read by graphs only
     a, b = map(Descent, (usual, captured), rates)
     expected = OscMonitor(a, usual, **options)
     monitor = OscMonitor(b, captured, capturable=True, **options)
@@ -479,7 +479,7 @@ def test_what_a_graph_uses_stays(monkeypatch):
         eager(named, optimizer, gradients(), [0])
 
     def another_group(named, optimizer):
-        optimizer.add_param_group({"params": [("d", nn.Parameter(torch.zeros(3)))]})
+        optimizer.add_param_group({"params": [("d", nn.Parameter(torch.zeros(3, device=DEVICE)))]})
 
     def another_state(named, optimizer):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -79,7 +79,7 @@ SMALLEST = {
     "run.py": "... --dataset mnist5k --n-train 32 --micro-batch 32 --width 4 --epochs 1 --threads 1",
     "compare.py": "--contenders gd ... --only small --seeds 0",
     "sketch.py": "... --models cnn --seeds 1 --steps 2",
-    "kernels.py": "--contenders 'oscgd numba' ... --sets --sizes 1e3 --seconds 0.01 --threads 1",
+    "kernels.py": "--contenders 'oscgd numba' ... --sets --sizes 1e3 --seconds 0.01 --threads 1 --device cpu",
 }
 """What stands before and behind the options that a page gives, so that a command takes seconds here."""
 
@@ -92,6 +92,7 @@ ELSEWHERE = {
     "test_the_command_tells_all_runs_in_order_and_writes_nothing",
     "run.py ...": "benchmarks/test_parallel.py::test_two_processes",
     "run.py --resume --out FOLDER": "benchmarks/test_run.py::test_folders_that_hold_a_run",
+    "device_time.py --sets resnet34 gpt2": "benchmarks/test_commands.py::test_device_time",
     "throughput.py --models MODEL --threads 2": "benchmarks/test_commands.py::test_throughput",
 }
 """The tests that start those which are not started here, with the same options."""
@@ -150,7 +151,7 @@ def test_other_commands_are_started_elsewhere():
 
 def test_all_scripts_have_a_command_on_a_page():
     scripts = {command.split()[0] for command in commands()}
-    assert scripts == {"-m", "throughput.py", "reproduce.py", *SMALLEST}
+    assert scripts == {"-m", "device_time.py", "throughput.py", "reproduce.py", *SMALLEST}
 
 
 # ---- links -----------------------------------------------------------------------------------------------

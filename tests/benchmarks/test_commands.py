@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import compare
+import device_time
 import history
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,7 +36,16 @@ from study.errors import UserError
 from study.train import Trainer
 
 BENCHMARKS = Path(run.__file__).parent
-SCRIPTS = ("run.py", "reproduce.py", "compare.py", "kernels.py", "throughput.py", "history.py", "sketch.py")
+SCRIPTS = (
+    "run.py",
+    "reproduce.py",
+    "compare.py",
+    "kernels.py",
+    "throughput.py",
+    "history.py",
+    "sketch.py",
+    "device_time.py",
+)
 SMALL = ("--model", "cnn", "--n-train", "64", "--micro-batch", "32", "--width", "8", "--threads", "1")
 
 
@@ -65,6 +75,18 @@ def test_history(tmp_path, capsys):
     assert lines[0].split()[:2] == ["steps", "us"]
     assert len(lines) == 11 and lines[-1].split()[0] == "1,905"
     assert History.load(tmp_path / "stream").steps.tolist() == list(range(1905))
+
+
+def test_device_time(capsys):
+    if torch.cuda.is_available():
+        assert called(device_time.main, "--sets", "resnet18") == 0
+    else:  # the same by Triton's interpreter, on fewer elements
+        device_time.print_table("tiny", [(17_000,), (5,)], torch.device("cpu"))
+        assert called(device_time.main) == 2
+    printed = capsys.readouterr()
+    rows = [line.split()[-2:] for line in printed.out.splitlines() if line.startswith(device_time.KINDS)]
+    assert len(rows) == len(device_time.KINDS) and all(float(cell) > 0 for row in rows for cell in row)
+    assert torch.cuda.is_available() or "error: this times kernels on a GPU" in printed.err
 
 
 @pytest.mark.slow

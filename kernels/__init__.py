@@ -38,7 +38,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from types import ModuleType
-from typing import Protocol, TypeVar, cast, overload
+from typing import NamedTuple, Protocol, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -50,22 +50,37 @@ SUMS = ("dot", "sq_norm", "diff_sq_norm", "prev_sq_norm", "alignment", "momentum
 BACKENDS = ("triton", "numba", "torch")
 """Names of the backends, the fastest first."""
 
-HYPER = ("lr", "decay", "gain", "weight_decay", "lookahead", "sign")
-"""Columns of the table of hyperparameters. One row r describes one update, with x the parameter, b the
-momentum buffer and g the gradient::
 
-    d = sign * g + weight_decay * x
-    b = decay * b + gain * d;  d = d + lookahead * b  if lookahead != 0 else  b     (only with a buffer)
-    x = x - lr * d
+class Hyper(NamedTuple):
+    """A row of the table of hyperparameters: one update, with x the parameter, b the momentum buffer and g
+    the gradient::
 
-or, where the step is given a `bound` for the layer, which is a step of bounded momentum with decoupled weight
-decay (a b that is not finite makes x NaN)::
+        d = sign * g + weight_decay * x
+        b = momentum * b + one_minus_dampening * d                             (only with a buffer)
+        d = d + nesterov_momentum * b  if nesterov_momentum != 0  else  b      (only with a buffer)
+        x = x - lr * d
 
-    b = decay * b + gain * sign * g
-    x = x - lr * (clip(b, -bound, bound) + weight_decay * bound * x)
+    or, where the step is given a `bound` for the layer, which is a step of bounded momentum with decoupled
+    weight decay (a b that is not finite makes x NaN)::
 
-`decay` is the momentum (0 in a buffer's first step), `gain` is 1 - dampening (1 in a buffer's first
-step), `lookahead` is the momentum of Nesterov's form or 0, `sign` is -1 to maximize."""
+        b = momentum * b + one_minus_dampening * sign * g
+        x = x - lr * (clip(b, -bound, bound) + weight_decay * bound * x)
+    """
+
+    lr: float
+    momentum: float
+    """0 in a buffer's first step."""
+    one_minus_dampening: float
+    """1 in a buffer's first step."""
+    weight_decay: float
+    nesterov_momentum: float
+    """The momentum of Nesterov's form, or 0."""
+    sign: float
+    """-1 to maximize, else 1."""
+
+
+HYPER = Hyper._fields
+"""Columns of the table of hyperparameters."""
 
 
 class BatchProtocol(Protocol):
@@ -108,7 +123,7 @@ class BatchProtocol(Protocol):
                 and `momentum_sq_norm` are not taken.
             copies: where True, `prevs[i]` holds the values of `grads[i]` afterwards. None: nowhere.
             rows: the row of `hyper` for each parameter.
-            hyper: rows of :data:`HYPER`; None: measure only, nothing but `prevs` and `out` is written.
+            hyper: rows of :class:`Hyper`; None: measure only, nothing but `prevs` and `out` is written.
             out: float64 tensor of shape (6, num_layers), overwritten with :data:`SUMS`; None: update only.
             scale: float64 tensor of shape (num_layers,) on the parameters' device, by which each layer's `lr`
                 is multiplied; by `scale_of`; elsewhere it stays. None: ones.
@@ -266,6 +281,8 @@ class Plan:
                 out += target
         if out is not None and not self._align:
             out[4:6] = torch.nan
+        if out is not None and prevs is None:
+            out[len(SUMS) :] = torch.nan  # of the sketch's, too
 
     def fold(self, kept: Sequence[Tensor], out: Tensor) -> None:
         """Sketch what is kept of each layer's gradients once more, to one vector a layer.

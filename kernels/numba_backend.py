@@ -13,25 +13,42 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
 from llvmlite.binding import get_host_cpu_name
-from numba import njit, prange, types
+from numba import njit, prange
 from numba.core.event import Listener, install_listener
-from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from . import HYPER, SUMS, Tensors, addresses
+from .numba_vectors import (
+    DTYPES,
+    LANES,
+    add_products,
+    clip,
+    copy,
+    fma,
+    itemsize,
+    load,
+    multiply,
+    prefetch,
+    scalar,
+    store,
+    subtract,
+    summed,
+    tag_of,
+    where,
+    wide,
+    zeros,
+)
 
+__all__ = ["DTYPES"]
 NAME = "numba"
 
 _CHUNK = 1 << 15  # elements: the unit of work that threads share
-_LANES = 8  # elements that are worked on at once
-_SUM_LANES = 4  # of a sum: with more, all six need more registers than AVX2 has
 _SERIAL = 1 << 15  # elements in all below which waking other threads costs more than they save
 
 
@@ -78,48 +95,52 @@ PROCESSOR = get_host_cpu_name()
 FORM = chosen_form(PROCESSOR, os.environ.get("OSCOPT_CPU_FORM"))
 """What this process uses."""
 
-# The storage type that stands for a dtype in compiled code; half types travel as their bits.
-_STORAGE = {
-    torch.float32: np.float32,
-    torch.float64: np.float64,
-    torch.bfloat16: np.uint16,
-    torch.float16: np.int16,
-}
-DTYPES = tuple(_STORAGE)
-_NO_ADDRESSES = np.zeros(0, np.int64)
-_NO_COPIES = np.zeros(0, np.bool_)
-_NO_ENTRIES = np.zeros(0)
-_NO_SUMS = np.zeros((0, 0))
-
 
 def unavailable(device: torch.device) -> str:
     """Runs on CPUs."""
     return "" if device.type == "cpu" else "it runs on CPUs only"
 
 
+CHUNK = np.dtype([(name, np.int64) for name in ("tensor", "start", "stop", "factor", "first", "seed")])
+"""What compiled code is told of a chunk: its tensor, which elements of it, the entry of `scale` and `bound`
+(-1: none); for the sketch the first chunk of its tensor, and the seed."""
+
+TAKEN = {
+    (pair, momentum): np.array([pair, True, pair, pair, momentum, momentum, pair])
+    for pair in (False, True)
+    for momentum in (False, True)
+}
+"""Which sums are taken, the sketch's included: with previous gradients, with a momentum."""
+
+_HYPER = np.dtype([(name, np.float64) for name in HYPER])
+_NOWHERE, _NO_COPIES, _NO_SUMS = np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros((0, 0))
+
+
 class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
     def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of=None) -> None:
-        self._tag = np.zeros(1, _STORAGE[params[0].dtype])
         self._params = params
         self._own = addresses(params)
+        self._tag = tag_of(params[0].dtype)
         sizes = np.array([p.numel() for p in params], np.int64)
-        chunk = self._chunk_sizes(sizes)
-        chunks = -(-sizes // chunk)
-        self._tensor = np.repeat(np.arange(len(params)), chunks)
-        first = np.cumsum(chunks) - chunks
-        self._start = (np.arange(chunks.sum()) - np.repeat(first, chunks)) * chunk[self._tensor]
-        self._stop = np.minimum(self._start + chunk[self._tensor], sizes[self._tensor])
-        self._work = np.cumsum(self._stop - self._start)
+        size = self._chunk_sizes(sizes)
+        counts = -(-sizes // size)
+        tensor = np.repeat(np.arange(len(params)), counts)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        self._chunks = np.zeros(len(tensor), CHUNK)
+        self._chunks["tensor"], self._chunks["first"] = tensor, first
+        self._chunks["start"] = (np.arange(len(tensor)) - first) * size[tensor]
+        self._chunks["stop"] = np.minimum(self._chunks["start"] + size[tensor], sizes[tensor])
+        self._chunks["factor"] = np.array(layer_of if scale_of is None else scale_of, np.int64)[tensor]
+        self._elements = np.cumsum(self._chunks["stop"] - self._chunks["start"])
         # Tensors are sorted by layer, so a layer's chunks are neighbours: [bounds[l], bounds[l + 1]).
-        layer_of_chunk = np.asarray(layer_of, np.int64)[self._tensor]
-        self._layer_bounds = np.searchsorted(layer_of_chunk, np.arange(num_layers + 1))
-        self._partials = np.zeros((len(self._tensor), len(SUMS)))
+        self._layer_bounds = np.searchsorted(np.asarray(layer_of)[tensor], np.arange(num_layers + 1))
+        self._partials = np.zeros((len(tensor), len(SUMS)))
         self._shares: dict[int, np.ndarray] = {}
-        self._scale_of = np.array(layer_of if scale_of is None else scale_of, np.int64)
-        self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NO_ADDRESSES)
-        self._hyper: tuple[object, np.ndarray] = (None, np.zeros((1, len(HYPER))))
+        self._ones, self._unbounded = np.ones(num_layers), np.full(num_layers, np.inf)
+        self._rows: tuple[Sequence[int] | None, np.ndarray] = (None, _NOWHERE)
+        self._hyper: tuple[object, np.ndarray] = (None, np.zeros(1, _HYPER))
 
     def _chunk_sizes(self, sizes: np.ndarray) -> np.ndarray:
         """Elements of a chunk of every tensor."""
@@ -129,50 +150,53 @@ class Batch:
         """Nothing is needed."""
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
+        work = self._work(grads, prevs, bufs, copies, rows, hyper, scale, bound)
+        sums = self._sums(self._partials, prevs is not None, bufs is not None, out)
+        self._run(_step, *work, tuple(FORM), self._tag, sums)
+
+    # numba is quicker with plain tuples than with named ones; the compiled code names their entries.
+
+    def _work(self, grads, prevs, bufs, copies, rows, hyper, scale, bound) -> tuple:
+        """:class:`Tables`, :data:`CHUNK`, :class:`Rates`."""
         if self._rows[0] != rows:
             self._rows = (list(rows), np.array(rows, np.int64))
         if hyper is not None and self._hyper[0] is not hyper:
-            self._hyper = (hyper, np.array(hyper, np.float64))
-        of_torch = torch.get_num_threads()
-        threads = 1
-        if len(self._work) and self._work[-1] > _SERIAL:
-            threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        arguments = (
-            self._own if hyper is not None else _NO_ADDRESSES,
+            self._hyper = (hyper, np.array(list(hyper), _HYPER))
+        tables = (
+            self._own if hyper is not None else _NOWHERE,
             addresses(grads),
-            addresses(prevs) if prevs is not None else _NO_ADDRESSES,
-            _addresses_of_some(bufs) if bufs is not None else _NO_ADDRESSES,
+            addresses(prevs) if prevs is not None else _NOWHERE,
+            _addresses_of_some(bufs) if bufs is not None else _NOWHERE,
             np.array(copies, np.bool_) if copies is not None else _NO_COPIES,
             self._rows[1],
-            self._hyper[1],
-            scale.numpy() if scale is not None else _NO_ENTRIES,
-            bound.numpy() if bound is not None else _NO_ENTRIES,
-            self._scale_of,
-            self._tensor,
-            self._start,
-            self._stop,
-            self._share(threads),
-            FORM.part,
-            FORM.ahead,
-            self._tag,
-            self._partials,
-            self._layer_bounds,
-            out.numpy() if out is not None else _NO_SUMS,
         )
-        numba.set_num_threads(threads)
-        _call(_step, arguments, self._params[0].dtype)
-        # Starting its threads, numba sets OpenMP's number of threads, which is torch's as well.
-        if torch.get_num_threads() != of_torch:
-            torch.set_num_threads(of_torch)
+        scales = self._ones if scale is None else scale.numpy()
+        bounds = self._unbounded if bound is None else bound.numpy()
+        return tables, self._chunks, (self._hyper[1], scales, bounds)
+
+    def _sums(self, partials, pair: bool, momentum: bool, out: Tensor | None) -> tuple:
+        """:class:`Output`."""
+        return partials, self._layer_bounds, TAKEN[pair, momentum], _NO_SUMS if out is None else out.numpy()
+
+    def _run(self, kernel, *arguments) -> None:
+        """Call `kernel` with the chunks of each thread and the arguments."""
+        threads = threads_for(self._elements[-1] if len(self._elements) else 0)
+        call(kernel, (self._share(threads), *arguments), self._params[0].dtype, threads)
 
     def _share(self, threads: int) -> np.ndarray:
         """Chunks [share[t], share[t + 1]) are thread t's: an equal number of elements each."""
         if threads not in self._shares:
-            total = self._work[-1] if len(self._work) else 0
-            share = np.searchsorted(self._work, np.linspace(0, total, threads + 1), side="left")
-            share[0], share[-1] = 0, len(self._work)
+            total = self._elements[-1] if len(self._elements) else 0
+            share = np.searchsorted(self._elements, np.linspace(0, total, threads + 1), side="left")
+            share[0], share[-1] = 0, len(self._elements)
             self._shares[threads] = share.astype(np.int64)
         return self._shares[threads]
+
+
+def threads_for(elements: int) -> int:
+    """How many threads share the work."""
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    return min(torch.get_num_threads(), most) if elements > _SERIAL else 1
 
 
 def _addresses_of_some(tensors: Sequence[Tensor | None]) -> np.ndarray:
@@ -205,520 +229,400 @@ def has_run() -> bool:
     return bool(_called)
 
 
-def _call(kernel, arguments, dtype: torch.dtype) -> None:
-    """Call `kernel`, saying so if it takes long because it is being compiled."""
+def call(kernel, arguments: tuple, dtype: torch.dtype, threads: int) -> None:
+    """Call `kernel` with so many threads, saying so if it takes long because it is being compiled."""
+    of_torch = torch.get_num_threads()
+    numba.set_num_threads(threads)
     if (kernel, dtype) in _called:
         kernel(*arguments)
-        return
-    with install_listener("numba:compile", _Announcement(dtype)):
-        kernel(*arguments)
-    _called.add((kernel, dtype))
+    else:
+        with install_listener("numba:compile", _Announcement(dtype)):
+            kernel(*arguments)
+        _called.add((kernel, dtype))
+    # Starting its threads, numba sets OpenMP's number of threads, which is torch's as well.
+    if torch.get_num_threads() != of_torch:
+        torch.set_num_threads(of_torch)
 
 
 # ---- compiled code ---------------------------------------------------------------------------------------
 
-# Everything is spelled out in vectors with fused multiply-adds: the sums have the same bits in every form,
-# and the update rounds as torch.optim.SGD does.
-
-
-class _Vector(types.Type):
-    """`lanes` numbers of type `dtype`, float32 or float64, in a register."""
-
-    def __init__(self, dtype: types.Float, lanes: int) -> None:
-        self.dtype, self.lanes = dtype, lanes
-        super().__init__(f"Vector({dtype}, {lanes})")
-
-
-def _ir_type(vector: _Vector) -> ir.Type:
-    return ir.VectorType({32: ir.FloatType(), 64: ir.DoubleType()}[vector.dtype.bitwidth], vector.lanes)
-
-
-@register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager, kind) -> None:
-        super().__init__(manager, kind, _ir_type(kind))
-
-
-def _computed(tag: types.Array) -> types.Float:
-    """In what is computed with elements of the storage type of `tag`."""
-    return types.float64 if tag.dtype == types.float64 else types.float32
-
-
-def _raw_pointer(context, builder, address, tag, lanes):
-    raw = ir.VectorType(context.get_data_type(tag.dtype), lanes)
-    return builder.inttoptr(address, raw.as_pointer()), tag.dtype.bitwidth // 8
-
-
-def _splat(builder, value, vector):
-    """`value`, a number or already a vector, in every lane."""
-    if value.type == vector:
-        return value
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
-    return builder.shuffle_vector(one, one, lanes)
-
-
-@intrinsic
-def _scalar(typing_context, value, tag):
-    """The float64 `value` as the type in which elements are computed with."""
-
-    def generate(context, builder, signature, args):
-        return context.cast(builder, args[0], types.float64, signature.return_type)
-
-    return _computed(tag)(types.float64, tag), generate
-
-
-@intrinsic(prefer_literal=True)
-def _load(typing_context, address, tag, lanes):
-    """The values of the `lanes` elements at `address`."""
-    count = lanes.literal_value
-
-    def generate(context, builder, signature, args):
-        stored, out = signature.args[1].dtype, _ir_type(signature.return_type)
-        pointer, align = _raw_pointer(context, builder, args[0], signature.args[1], count)
-        raw = builder.load(pointer, align=align)
-        if stored == types.uint16:
-            bits = builder.zext(raw, ir.VectorType(ir.IntType(32), count))
-            return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, [16] * count)), out)
-        if stored == types.int16:
-            return builder.fpext(builder.bitcast(raw, ir.VectorType(ir.HalfType(), count)), out)
-        return raw
-
-    return _Vector(_computed(tag), count)(types.int64, tag, lanes), generate
-
-
-@intrinsic
-def _store(typing_context, address, tag, values):
-    """Write `values`, rounded to nearest even, to `address`."""
-
-    def generate(context, builder, signature, args):
-        stored, count = signature.args[1].dtype, signature.args[2].lanes
-        pointer, align = _raw_pointer(context, builder, args[0], signature.args[1], count)
-        raw = args[2]
-        if stored == types.uint16:
-            words = ir.VectorType(ir.IntType(32), count)
-
-            def constant(value):
-                return ir.Constant(words, [value] * count)
-
-            bits = builder.bitcast(raw, words)
-            odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-            rounded = builder.lshr(builder.add(builder.add(bits, constant(0x7FFF)), odd), constant(16))
-            nan = builder.fcmp_unordered("uno", raw, raw)
-            rounded = builder.select(nan, constant(0x7FC0), rounded)
-            raw = builder.trunc(rounded, ir.VectorType(ir.IntType(16), count))
-        elif stored == types.int16:
-            half = builder.fptrunc(raw, ir.VectorType(ir.HalfType(), count))
-            raw = builder.bitcast(half, ir.VectorType(ir.IntType(16), count))
-        builder.store(raw, pointer, align=align)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, tag, values), generate
-
-
-@intrinsic(prefer_literal=True)
-def _copy(typing_context, to, source, tag, lanes):
-    """Copy `lanes` elements."""
-
-    def generate(context, builder, signature, args):
-        count = signature.args[3].literal_value
-        of, align = _raw_pointer(context, builder, args[1], signature.args[2], count)
-        into, _ = _raw_pointer(context, builder, args[0], signature.args[2], count)
-        builder.store(builder.load(of, align=align), into, align=align)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, tag, lanes), generate
-
-
-@intrinsic
-def _itemsize(typing_context, tag):
-    """Bytes of an element, known to the compiler (an array's own itemsize is not)."""
-    size = tag.dtype.bitwidth // 8
-    return types.int64(tag), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), size)
-
-
-@intrinsic(prefer_literal=True)
-def _zeros(typing_context, lanes):
-    """float64."""
-    vector = _Vector(types.float64, lanes.literal_value)
-    return vector(lanes), lambda context, builder, signature, args: ir.Constant(_ir_type(vector), None)
-
-
-@intrinsic
-def _wide(typing_context, values):
-    """As float64."""
-    wide = _Vector(types.float64, values.lanes)
-
-    def generate(context, builder, signature, args):
-        return args[0] if values == wide else builder.fpext(args[0], _ir_type(wide))
-
-    return wide(values), generate
-
-
-@intrinsic
-def _subtract(typing_context, a, b):
-    return a(a, b), lambda context, builder, signature, args: builder.fsub(*args)
-
-
-@intrinsic
-def _multiply(typing_context, a, b):
-    """The scalar `a` times the vector `b`."""
-
-    def generate(context, builder, signature, args):
-        return builder.fmul(_splat(builder, args[0], args[1].type), args[1])
-
-    return b(b.dtype, b), generate
-
-
-def _llvm_fma(builder, of):
-    """LLVM's function that multiplies and adds vectors of type `of`, rounding once."""
-    vector = _ir_type(of)
-    name = f"llvm.fma.v{of.lanes}f{of.dtype.bitwidth}"
-    return builder.module.declare_intrinsic(name, (), ir.FunctionType(vector, [vector] * 3))
-
-
-@intrinsic
-def _fma(typing_context, a, b, c):
-    """a * b + c, rounded once; `a` a vector or a scalar."""
-
-    def generate(context, builder, signature, args):
-        return builder.call(_llvm_fma(builder, c), [_splat(builder, args[0], _ir_type(c)), *args[1:]])
-
-    return c(a if isinstance(a, _Vector) else c.dtype, b, c), generate
-
-
-@intrinsic
-def _add_products(typing_context, a, b, total):
-    """`total` plus a * b, whose lanes are more: `a` and `b` are cut into pieces, which are added in order."""
-
-    def generate(context, builder, signature, args):
-        function, result = _llvm_fma(builder, total), args[2]
-        for at in range(0, a.lanes, total.lanes):
-            lanes = ir.VectorType(ir.IntType(32), total.lanes)
-            piece = ir.Constant(lanes, list(range(at, at + total.lanes)))
-            result = builder.call(
-                function, [*(builder.shuffle_vector(x, x, piece) for x in args[:2]), result]
-            )
-        return result
-
-    return total(a, b, total), generate
-
-
-@intrinsic
-def _where(typing_context, condition, a, b):
-    """The vector `a` if `condition`, else `b`, without a branch."""
-
-    def generate(context, builder, signature, args):
-        return builder.select(_splat(builder, args[0], ir.VectorType(ir.IntType(1), a.lanes)), *args[1:])
-
-    return a(types.boolean, a, a), generate
-
-
-@intrinsic
-def _clip(typing_context, values, bound):
-    """The vector `values`, between minus `bound` and `bound`; NaN stays."""
-
-    def generate(context, builder, signature, args):
-        high = _splat(builder, args[1], args[0].type)
-        low = builder.fneg(high)
-        clipped = builder.select(builder.fcmp_ordered(">", args[0], high), high, args[0])
-        return builder.select(builder.fcmp_ordered("<", clipped, low), low, clipped)
-
-    return values(values, values.dtype), generate
-
-
-@intrinsic
-def _total(typing_context, values):
-    """The sum over the lanes: halves are added until one is left."""
-
-    def generate(context, builder, signature, args):
-        vector, count = args[0], values.lanes
-        while count > 1:
-            count //= 2
-            kind = ir.VectorType(ir.IntType(32), count)
-            halves = (ir.Constant(kind, list(range(at, at + count))) for at in (0, count))
-            vector = builder.fadd(*(builder.shuffle_vector(vector, vector, half) for half in halves))
-        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
-
-    return values.dtype(values), generate
-
-
-@intrinsic
-def _prefetch(typing_context, address):
-    """Prefetch the cache line at `address`."""
-
-    def generate(context, builder, signature, args):
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        to_read, near, data = (ir.Constant(number, value) for value in (0, 3, 1))
-        builder.call(function, [builder.inttoptr(args[0], byte), to_read, near, data])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-# The kinds of update; `g` is the gradient of the elements at the addresses `p` and `buf`.
-
-
-def _descend(lanes):
-    @njit(nogil=True)
-    def descend(p, buf, g, row, tag):
-        lr, decay, gain, weight_decay, lookahead, sign, bound, shrink = row
-        x = _load(p, tag, lanes)
-        # A sign of 1 or -1 changes no rounding: it goes with the numbers that do not change.
-        d = _where(weight_decay != 0, _fma(sign * weight_decay, x, g), g)
-        _store(p, tag, _fma(-sign * lr, d, x))
-
-    return descend
-
-
-def _descend_momentum(lanes):
-    @njit(nogil=True)
-    def descend_momentum(p, buf, g, row, tag):
-        lr, decay, gain, weight_decay, lookahead, sign, bound, shrink = row
-        x = _load(p, tag, lanes)
-        d = _where(weight_decay != 0, _fma(sign * weight_decay, x, g), g)
-        b = _fma(sign * gain, d, _multiply(decay, _load(buf, tag, lanes)))
-        _store(buf, tag, b)
-        ahead = lookahead != 0
-        d = _where(ahead, _fma(sign * lookahead, b, d), b)
-        _store(p, tag, _fma(-sign * lr if ahead else -lr, d, x))
-
-    return descend_momentum
-
-
-def _descend_bounded(lanes):
-    @njit(nogil=True)
-    def descend_bounded(p, buf, g, row, tag):
-        lr, decay, gain, weight_decay, lookahead, sign, bound, shrink = row
-        x = _load(p, tag, lanes)
-        b = _fma(sign * gain, g, _multiply(decay, _load(buf, tag, lanes)))
-        _store(buf, tag, b)
-        d = _fma(_scalar(0.0, tag), b, _clip(b, bound))  # 0 times what is not finite is NaN
-        d = _where(shrink != 0, _fma(shrink, x, d), d)
-        _store(p, tag, _fma(-lr, d, x))
-
-    return descend_bounded
-
-
-def _add_momentum(lanes):
-    @njit(nogil=True)
-    def add_momentum(buf, g, alignment, momentum_sq_norm, tag):
-        b = _wide(_load(buf, tag, lanes))
-        return _add_products(g, b, alignment), _add_products(b, b, momentum_sq_norm)
-
-    return add_momentum
-
-
-def _sweep(momentum, pair, measured, lanes):
+_INNER: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+compiled, inlined = njit(**_INNER), njit(**_INNER, forceinline=True)
+entry = njit(nogil=True, cache=True, parallel=True)
+
+
+class Tables(NamedTuple):
+    """Of all tensors: addresses (0, or none at all: there is no such array), which gradients are copied, the
+    rows of hyperparameters."""
+
+    param: np.ndarray
+    grad: np.ndarray
+    prev: np.ndarray
+    buf: np.ndarray
+    copied: np.ndarray
+    row: np.ndarray
+
+
+class Rates(NamedTuple):
+    """The table of :data:`oscopt.kernels.HYPER`, and by what layers' steps are multiplied and bounded."""
+
+    hyper: np.ndarray
+    scale: np.ndarray
+    bound: np.ndarray
+
+
+class Output(NamedTuple):
+    """Sums of chunks, whose chunks are a layer's, which sums are taken, and those of layers."""
+
+    partials: np.ndarray
+    bounds: np.ndarray
+    taken: np.ndarray
+    out: np.ndarray
+
+
+class Arrays(NamedTuple):
+    """Addresses of elements of one tensor's arrays; 0: there is none."""
+
+    param: int
+    grad: int
+    prev: int
+    buf: int
+
+
+class Rule(NamedTuple):
+    """One update, in numbers of the type in which elements are computed with."""
+
+    lr: float
+    momentum: float
+    one_minus_dampening: float
+    weight_decay: float
+    nesterov_momentum: float
+    sign: float
+    bound: float
+    bounded_decay: float
+    """The weight decay of a bounded update, times the bound."""
+
+
+class Sums(NamedTuple):
+    """:data:`oscopt.kernels.SUMS`, each in a vector or as a number."""
+
+    dot: float
+    sq_norm: float
+    diff_sq_norm: float
+    prev_sq_norm: float
+    alignment: float
+    momentum_sq_norm: float
+
+
+@inlined
+def locate(tables, k, offset):
+    """Of tensor k, `offset` bytes on."""
+    param, grad, prev, buf, _, _ = tables
+    return Arrays(
+        param[k] + offset if param.size else 0,
+        grad[k] + offset,
+        prev[k] + offset if prev.size else 0,
+        buf[k] + offset if buf.size and buf[k] else 0,
+    )
+
+
+@inlined
+def moved(at, n):
+    """`n` bytes on."""
+    return Arrays(
+        at.param + n if at.param else 0,
+        at.grad + n,
+        at.prev + n if at.prev else 0,
+        at.buf + n if at.buf else 0,
+    )
+
+
+@inlined
+def rule_for(chunk, row, rates, buffered, tag):
+    """The update of `chunk`, with row number `row` of hyperparameters."""
+    hyper, scale, bound = rates.hyper[row], 1.0, np.inf
+    if chunk.factor >= 0:
+        scale, bound = rates.scale[chunk.factor], rates.bound[chunk.factor]
+    limit = scalar(bound, tag)
+    weight_decay, nesterov_momentum, bounded_decay = hyper.weight_decay, hyper.nesterov_momentum, 0.0
+    if buffered and limit < np.inf:
+        weight_decay, nesterov_momentum, bounded_decay = 0.0, 0.0, weight_decay * bound
+    return Rule(
+        scalar(hyper.lr * scale, tag),
+        scalar(hyper.momentum, tag),
+        scalar(hyper.one_minus_dampening, tag),
+        scalar(weight_decay, tag),
+        scalar(nesterov_momentum, tag),
+        scalar(hyper.sign, tag),
+        limit,
+        scalar(bounded_decay, tag),
+    )
+
+
+# The kinds of update; `g` is the gradient, a vector, of the elements at the addresses `p` and `buf`.
+
+
+@inlined
+def _descend(p, buf, g, rule, tag):
+    x = load(p, tag, g)
+    # A sign of 1 or -1 changes no rounding: it goes with the numbers that do not change.
+    d = where(rule.weight_decay != 0, fma(rule.sign * rule.weight_decay, x, g), g)
+    store(p, tag, fma(-rule.sign * rule.lr, d, x))
+
+
+@inlined
+def _descend_momentum(p, buf, g, rule, tag):
+    x = load(p, tag, g)
+    d = where(rule.weight_decay != 0, fma(rule.sign * rule.weight_decay, x, g), g)
+    b = fma(rule.sign * rule.one_minus_dampening, d, multiply(rule.momentum, load(buf, tag, g)))
+    store(buf, tag, b)
+    nesterov = rule.nesterov_momentum != 0
+    d = where(nesterov, fma(rule.sign * rule.nesterov_momentum, b, d), b)
+    store(p, tag, fma(-rule.sign * rule.lr if nesterov else -rule.lr, d, x))
+
+
+@inlined
+def _descend_bounded(p, buf, g, rule, tag):
+    x = load(p, tag, g)
+    b = fma(rule.sign * rule.one_minus_dampening, g, multiply(rule.momentum, load(buf, tag, g)))
+    store(buf, tag, b)
+    d = fma(scalar(0.0, tag), b, clip(b, rule.bound))  # 0 times what is not finite is NaN
+    d = where(rule.bounded_decay != 0, fma(rule.bounded_decay, x, d), d)
+    store(p, tag, fma(-rule.lr, d, x))
+
+
+@inlined
+def update_elements(at, i, g, rule, tag):
+    """Those whose gradients `g`, a vector, lie `i` bytes on."""
+    if at.buf == 0:
+        _descend(at.param + i, 0, g, rule, tag)
+    elif rule.bound < np.inf:
+        _descend_bounded(at.param + i, at.buf + i, g, rule, tag)
+    else:
+        _descend_momentum(at.param + i, at.buf + i, g, rule, tag)
+
+
+@inlined
+def _add_norm(sums, a):
+    """Of the gradients `a`, a wide vector."""
+    dot, sq_norm, diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm = sums
+    return Sums(dot, add_products(a, a, sq_norm), diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm)
+
+
+@inlined
+def _add_pair(sums, a, q):
+    """Of the gradients `a` and the last ones, `q`."""
+    d = subtract(a, q)
+    return Sums(
+        add_products(a, q, sums.dot),
+        sums.sq_norm,
+        add_products(d, d, sums.diff_sq_norm),
+        add_products(q, q, sums.prev_sq_norm),
+        sums.alignment,
+        sums.momentum_sq_norm,
+    )
+
+
+@inlined
+def _add_momentum(sums, a, b):
+    """Of the gradients `a` and the momentum `b`."""
+    dot, sq_norm, diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm = sums
+    alignment, momentum_sq_norm = add_products(a, b, alignment), add_products(b, b, momentum_sq_norm)
+    return Sums(dot, sq_norm, diff_sq_norm, prev_sq_norm, alignment, momentum_sq_norm)
+
+
+@inlined
+def _totals(sums):
+    return Sums(
+        summed(sums.dot),
+        summed(sums.sq_norm),
+        summed(sums.diff_sq_norm),
+        summed(sums.prev_sq_norm),
+        summed(sums.alignment),
+        summed(sums.momentum_sq_norm),
+    )
+
+
+# A part is some bytes of each array, from number `start` on, a whole number of vectors. What is known
+# beforehand of a pass over memory is an argument of the functions that make its loops.
+
+
+def prefetching(*, momentum, pair=False):
+    @inlined
+    def prefetch_part(at, start, n):
+        for line in range((n + 63) // 64):
+            i = start + 64 * line
+            prefetch(at.grad + i)
+            if pair:
+                prefetch(at.prev + i)
+            if at.param:
+                prefetch(at.param + i)
+            if momentum:
+                prefetch(at.buf + i)
+
+    return prefetch_part
+
+
+def _summing(momentum):
+    @inlined
+    def sum_part(at, start, stop, sums, tag):
+        while start < stop:
+            a = wide(load(at.grad + start, tag, LANES))
+            sums = _add_pair(_add_norm(sums, a), a, wide(load(at.prev + start, tag, LANES)))
+            if momentum:
+                sums = _add_momentum(sums, a, wide(load(at.buf + start, tag, LANES)))
+            start += LANES * itemsize(tag)
+        return sums
+
+    return sum_part
+
+
+def _descending(descend, align):
+    @inlined
+    def descend_part(at, start, n, rule, sums, tag):
+        for j in range(n // (LANES * itemsize(tag))):  # where n is a constant, LLVM unrolls this
+            i = start + j * LANES * itemsize(tag)
+            g = load(at.grad + i, tag, LANES)
+            if align:
+                a = wide(g)
+                sums = _add_momentum(_add_norm(sums, a), a, wide(load(at.buf + i, tag, LANES)))
+            descend(at.param + i, at.buf + i, g, rule, tag)
+        return sums
+
+    return descend_part
+
+
+def updating(*, momentum, align=False):
+    """Update a part; with `align` its norm and its products with the momentum are summed meanwhile."""
+    plain = _descending(_descend_momentum if momentum else _descend, align)
+    bounded = _descending(_descend_bounded, align)
+
+    @inlined
+    def update_part(at, start, n, rule, sums, tag):
+        if momentum and rule.bound < np.inf:
+            return bounded(at, start, n, rule, sums, tag)
+        return plain(at, start, n, rule, sums, tag)
+
+    return update_part
+
+
+@inlined
+def _copy_part(at, start, stop, tag):
+    while start < stop:
+        copy(at.prev + start, at.grad + start, tag, LANES)
+        start += LANES * itemsize(tag)
+
+
+def _sweeping(*, momentum, pair=False, align=False):
     """One pass over `n` bytes of each array, a whole number of vectors."""
-    descend, descend_bounded = (_descend_momentum if momentum else _descend)(lanes), _descend_bounded(lanes)
-    add_momentum = _add_momentum(lanes)
-    align = momentum and measured and not pair
-    few = min(lanes, _SUM_LANES)
+    prefetch_part, sum_part = prefetching(momentum=momentum, pair=pair), _summing(momentum)
+    update_part = updating(momentum=momentum, align=align)
 
-    @njit(nogil=True)
-    def sweep(p, g, q, buf, copy, updated, n, part, ahead, row, tag):
-        width = lanes * _itemsize(tag)
-        dot = _zeros(few)
-        sq_norm = _zeros(few)
-        diff_sq_norm = _zeros(few)
-        prev_sq_norm = _zeros(few)
-        alignment = _zeros(few)
-        momentum_sq_norm = _zeros(few)
-        bounded = momentum and row[6] < np.inf
-        start = 0
+    @compiled
+    def sweep(at, n, copied, form, rule, tag):
+        part, ahead = form
+        sums = Sums(zeros(4), zeros(4), zeros(4), zeros(4), zeros(4), zeros(4))  # six of 8 outgrow AVX2
+        start = np.int64(0)  # not a literal, of which there would be another specialisation
         while start < n:
             stop = min(start + part, n)
             if ahead:
-                line = start + ahead
-                last = min(stop + ahead, n)
-                while line < last:
-                    _prefetch(g + line)
-                    if pair:
-                        _prefetch(q + line)
-                    if updated:
-                        _prefetch(p + line)
-                    if momentum:
-                        _prefetch(buf + line)
-                    line += 64
+                prefetch_part(at, start + ahead, min(stop + ahead, n) - start - ahead)
             if pair:
-                i = start
-                while i < stop:
-                    a = _wide(_load(g + i, tag, lanes))
-                    b = _wide(_load(q + i, tag, lanes))
-                    d = _subtract(a, b)
-                    dot = _add_products(a, b, dot)
-                    sq_norm = _add_products(a, a, sq_norm)
-                    diff_sq_norm = _add_products(d, d, diff_sq_norm)
-                    prev_sq_norm = _add_products(b, b, prev_sq_norm)
-                    if momentum:
-                        alignment, momentum_sq_norm = add_momentum(
-                            buf + i, a, alignment, momentum_sq_norm, tag
-                        )
-                    i += width
-            i = start
-            if updated and bounded:
-                while i < stop:
-                    values = _load(g + i, tag, lanes)
-                    if align:
-                        a = _wide(values)
-                        sq_norm = _add_products(a, a, sq_norm)
-                        alignment, momentum_sq_norm = add_momentum(
-                            buf + i, a, alignment, momentum_sq_norm, tag
-                        )
-                    descend_bounded(p + i, buf + i, values, row, tag)
-                    i += width
-            elif updated:
-                while i < stop:
-                    values = _load(g + i, tag, lanes)
-                    if align:
-                        a = _wide(values)
-                        sq_norm = _add_products(a, a, sq_norm)
-                        alignment, momentum_sq_norm = add_momentum(
-                            buf + i, a, alignment, momentum_sq_norm, tag
-                        )
-                    descend(p + i, buf + i, values, row, tag)
-                    i += width
-            if pair and copy:
-                i = start
-                while i < stop:
-                    _copy(q + i, g + i, tag, lanes)
-                    i += width
+                sums = sum_part(at, start, stop, sums, tag)
+            if at.param:
+                sums = update_part(at, start, stop - start, rule, sums, tag)
+            if pair and copied:
+                _copy_part(at, start, stop, tag)
             start = stop
-        return (
-            _total(dot),
-            _total(sq_norm),
-            _total(diff_sq_norm),
-            _total(prev_sq_norm),
-            _total(alignment),
-            _total(momentum_sq_norm),
-        )
+        return _totals(sums)
 
     return sweep
 
 
-def _loop(*, momentum, pair, measured):
-    """A chunk: whole vectors, then one element at a time."""
-    wide, narrow = (_sweep(momentum, pair, measured, lanes) for lanes in (_LANES, 1))
-
-    @njit(nogil=True)
-    def loop(p, g, q, buf, copy, n, part, ahead, row, tag):
-        whole = n - n % (_LANES * _itemsize(tag))
-        updated = p != 0
-        a = wide(p, g, q, buf, copy, updated, whole, part, ahead, row, tag)
-        p, g, q, buf, n = p + whole, g + whole, q + whole, buf + whole, n - whole
-        b = narrow(p, g, q, buf, copy, updated, n, part, 0, row, tag)
-        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5]
-
-    return loop
+_update = _sweeping(momentum=False)
+_measure = _sweeping(momentum=False, pair=True)
+_update_momentum = _sweeping(momentum=True)
+_measure_momentum = _sweeping(momentum=True, pair=True)
+_align_momentum = _sweeping(momentum=True, align=True)
 
 
-_update = _loop(momentum=False, pair=False, measured=False)
-_measure = _loop(momentum=False, pair=True, measured=True)
-_update_momentum = _loop(momentum=True, pair=False, measured=False)
-_measure_momentum = _loop(momentum=True, pair=True, measured=True)
-_align_momentum = _loop(momentum=True, pair=False, measured=True)
-
-
-@njit(nogil=True)
-def _scalars(row, scale, bound, buffered, tag):
-    """What an update takes: hyperparameters, the bound, and the weight decay of a bounded update."""
-    limit = _scalar(bound, tag)
-    weight_decay, lookahead, shrink = row[3], row[4], 0.0
-    if buffered and limit < np.inf:
-        weight_decay, lookahead, shrink = 0.0, 0.0, weight_decay * bound
-    return (
-        _scalar(row[0] * scale, tag),
-        _scalar(row[1], tag),
-        _scalar(row[2], tag),
-        _scalar(weight_decay, tag),
-        _scalar(lookahead, tag),
-        _scalar(row[5], tag),
-        limit,
-        _scalar(shrink, tag),
-    )
-
-
-@njit(nogil=True, cache=True)
-def _chunk(p, g, q, buf, copy, n, part, ahead, measured, row, scale, bound, tag):
-    """Sum and update `n` bytes at the addresses `p`, `g`, `q`, `buf`; 0 leaves its part out."""
-    scalars = _scalars(row, scale, bound, buf != 0, tag)
-    paired = q != 0
-    if not paired:
-        q = g  # a pair with itself, which nobody reads
-    if buf == 0:
-        if paired or measured:
-            return _measure(p, g, q, buf, copy, n, part, ahead, scalars, tag)
-        return _update(p, g, q, buf, copy, n, part, ahead, scalars, tag)
-    if paired or (measured and p == 0):
-        return _measure_momentum(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+@compiled
+def _sweep(at, n, copied, measured, form, rule, tag):
+    """A pass of the kind that fits."""
+    if at.buf == 0:
+        if at.prev:
+            return _measure(at, n, copied, form, rule, tag)
+        return _update(at, n, copied, form, rule, tag)
+    if at.prev:
+        return _measure_momentum(at, n, copied, form, rule, tag)
     if measured:
-        return _align_momentum(p, g, q, buf, copy, n, part, ahead, scalars, tag)
-    return _update_momentum(p, g, q, buf, copy, n, part, ahead, scalars, tag)
+        return _align_momentum(at, n, copied, form, rule, tag)
+    return _update_momentum(at, n, copied, form, rule, tag)
 
 
-@njit(nogil=True, cache=True)
-def _reduce(partials, bounds, pair, align, out):
+@compiled
+def _tail(at, n, copied, rule, tag):
+    """A pass of any kind, one element at a time."""
+    sums = Sums(zeros(1), zeros(1), zeros(1), zeros(1), zeros(1), zeros(1))
+    for i in range(0, n, itemsize(tag)):
+        g = load(at.grad + i, tag, 1)
+        a = wide(g)
+        sums = _add_norm(sums, a)
+        if at.prev:
+            sums = _add_pair(sums, a, wide(load(at.prev + i, tag, 1)))
+        if at.buf:
+            sums = _add_momentum(sums, a, wide(load(at.buf + i, tag, 1)))
+        if at.param:
+            update_elements(at, i, g, rule, tag)
+        if copied:
+            copy(at.prev + i, at.grad + i, tag, 1)
+    return _totals(sums)
+
+
+@inlined
+def _chunk(at, n, copied, measured, form, rule, tag):
+    """Sum and update `n` bytes."""
+    if measured and at.prev == 0 and (at.buf == 0 or at.param == 0):
+        at = Arrays(at.param, at.grad, at.grad, at.buf)  # a pair with itself, which nobody reads
+    whole = n - n % (LANES * itemsize(tag))
+    a = _sweep(at, whole, copied, measured, form, rule, tag)
+    b = _tail(moved(at, whole), n - whole, copied, rule, tag)
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5]
+
+
+@compiled
+def _work_off(first, last, tables, chunks, rates, form, tag, output):
+    """Chunks [first, last)."""
+    measured = output.out.size > 0
+    for c in range(first, last):
+        chunk = chunks[c]
+        k = chunk.tensor
+        at = locate(tables, k, chunk.start * itemsize(tag))
+        rule = rule_for(chunk, tables.row[k] if at.param else 0, rates, at.buf != 0, tag)
+        copied = tables.copied.size > 0 and tables.copied[k]
+        n = (chunk.stop - chunk.start) * itemsize(tag)
+        sums = _chunk(at, n, copied, measured, form, rule, tag)
+        for s in range(len(sums)):
+            output.partials[c, s] = sums[s]
+        if at.param:
+            output.partials[c, 4] *= rule.sign
+
+
+@compiled
+def reduce(output):
     """Sum the chunks of each layer, in their order: the same bits for any number of threads."""
-    for layer in range(bounds.size - 1):
+    partials, bounds, taken, out = output
+    for layer in range(out.shape[1]):
         for s in range(partials.shape[1]):
-            taken = s == 1 or (align if s > 3 else pair)
             total = 0.0
             for c in range(bounds[layer], bounds[layer + 1]):
                 total += partials[c, s]
-            out[s, layer] = total if taken and np.isfinite(total) else np.nan
+            out[s, layer] = total if taken[s] and np.isfinite(total) else np.nan
 
 
-@njit(nogil=True, cache=True, parallel=True)
-def _step(
-    p,
-    g,
-    q,
-    buf,
-    copy,
-    rows,
-    hyper,
-    scale,
-    bound,
-    scale_of,
-    tensor,
-    start,
-    stop,
-    share,
-    part,
-    ahead,
-    tag,
-    partials,
-    layer_bounds,
-    out,
-):
-    itemsize = _itemsize(tag)
+@entry
+def _step(share, tables, chunks, rates, form, tag, output):
     for thread in prange(share.size - 1):
-        for c in range(share[thread], share[thread + 1]):
-            k = tensor[c]
-            offset = start[c] * itemsize
-            row = hyper[rows[k] if p.size else 0]
-            entry = scale_of[k]
-            sums = _chunk(
-                p[k] + offset if p.size else 0,
-                g[k] + offset,
-                q[k] + offset if q.size else 0,
-                buf[k] + offset if buf.size and buf[k] else 0,
-                copy.size > 0 and copy[k],
-                (stop[c] - start[c]) * itemsize,
-                part,
-                ahead,
-                out.size > 0,
-                row,
-                scale[entry] if scale.size and entry >= 0 else 1.0,
-                bound[entry] if bound.size and entry >= 0 else np.inf,
-                tag,
-            )
-            for s in range(4):
-                partials[c, s] = sums[s]
-            partials[c, 4] = sums[4] * row[5] if p.size else sums[4]
-            partials[c, 5] = sums[5]
-    if out.size:
-        _reduce(partials, layer_bounds, q.size > 0, buf.size > 0, out)
+        first, last = share[thread], share[thread + 1]
+        _work_off(first, last, Tables(*tables), chunks, Rates(*rates), form, tag, Output(*output))
+    reduce(Output(*output))

@@ -1,53 +1,65 @@
 """CPU: the update and the sketch of :mod:`oscopt.kernels.sketch` in one parallel loop over chunks.
 
-32 elements of a gradient at a time are added to the buckets and to the sums, then the parameter is updated
-with them. There are twice as many buckets as the sketch has, so that a rotated run need not wrap around; the
+A *word*, 32 elements of a gradient, is added to the buckets and to the sums, then the parameter is updated
+with it. There are twice as many buckets as the sketch has, so that a rotated run need not wrap around; the
 halves are added up in the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import numba
 import numpy as np
-import torch
 from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic, models, register_model
+from numba import prange, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from . import addresses, numba_backend
 from .numba_backend import (
-    _LANES,
-    _NO_ADDRESSES,
-    _NO_ENTRIES,
-    _SERIAL,
-    _STORAGE,
     FORM,
-    _addresses_of_some,
-    _call,
-    _descend,
-    _descend_bounded,
-    _descend_momentum,
-    _fma,
-    _itemsize,
-    _load,
-    _multiply,
-    _prefetch,
-    _reduce,
-    _scalar,
-    _scalars,
-    _splat,
-    _store,
-    _subtract,
-    _total,
-    _wide,
-    _zeros,
+    Arrays,
+    Output,
+    Rates,
+    Rule,
+    Tables,
+    call,
+    compiled,
+    entry,
+    inlined,
+    locate,
+    moved,
+    prefetching,
+    reduce,
+    rule_for,
+    threads_for,
+    update_elements,
+    updating,
+)
+from .numba_vectors import (
+    LANES,
+    Vector,
+    add,
+    constant,
+    fma,
+    ir_type,
+    itemsize,
+    load,
+    multiply,
+    scalar,
+    splat,
+    store,
+    subtract,
+    summed,
+    tag_of,
+    wide,
+    zeros,
 )
 from .sketch import BUCKETS, FOLD, GOLDEN, ODD, ODDER, OFFSETS, SUMS, chunk_size, kept_dtype
 
-_WORD = 4 * _LANES  # elements that are sketched, then updated
+_WORD = 4 * LANES  # elements
+_BLOCK = 32 * LANES  # elements that share a vector of hashes, a bit each
 
 
 class Batch(numba_backend.Batch):
@@ -58,10 +70,9 @@ class Batch(numba_backend.Batch):
     ) -> None:
         super().__init__(params, layer_of, num_layers, scale_of)
         self._align = align
-        self._kept_tag = np.zeros(1, _STORAGE[kept_dtype(params[0].dtype)])
-        self._seeds = np.array(seeds, np.uint32)
-        self._first = np.searchsorted(self._tensor, self._tensor)  # of its tensor's chunks
-        self._sketch_partials = np.zeros((len(self._tensor), len(SUMS)))
+        self._kept_tag = tag_of(kept_dtype(params[0].dtype))
+        self._chunks["seed"] = np.array(seeds, np.int64)[self._chunks["tensor"]]
+        self._sketch_partials = np.zeros((len(self._chunks), len(SUMS)))
 
     def _chunk_sizes(self, sizes: np.ndarray) -> np.ndarray:
         return np.array([chunk_size(size) for size in sizes.tolist()], np.int64)
@@ -70,39 +81,9 @@ class Batch(numba_backend.Batch):
         if prevs is None:
             super().step(grads, None, bufs, None, rows, hyper, out, scale, bound)
             return
-        of_torch = torch.get_num_threads()
-        threads = 1
-        if self._work[-1] > _SERIAL:
-            threads = min(of_torch, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        arguments = (
-            self._own if hyper is not None else _NO_ADDRESSES,
-            addresses(grads),
-            addresses(prevs),
-            _addresses_of_some(bufs) if bufs is not None else _NO_ADDRESSES,
-            np.array(rows, np.int64),
-            np.array(hyper if hyper is not None else [[0.0] * 6], np.float64),
-            scale.numpy() if scale is not None else _NO_ENTRIES,
-            bound.numpy() if bound is not None else _NO_ENTRIES,
-            self._scale_of,
-            self._tensor,
-            self._start,
-            self._stop,
-            self._first,
-            self._seeds,
-            self._share(threads),
-            FORM.ahead,
-            self._align,
-            self._tag,
-            self._kept_tag,
-            self._sketch_partials,
-            self._layer_bounds,
-            out.numpy(),
-        )
-        numba.set_num_threads(threads)
-        _call(_step, arguments, self._params[0].dtype)
-        # Starting its threads, numba sets OpenMP's number of threads, which is torch's as well.
-        if torch.get_num_threads() != of_torch:
-            torch.set_num_threads(of_torch)
+        work = self._work(grads, prevs, bufs, None, rows, hyper, scale, bound)
+        sums = self._sums(self._sketch_partials, True, bufs is not None and self._align, out)
+        self._run(_step, *work, (FORM.ahead, self._align), self._tag, self._kept_tag, sums)
 
 
 def fold(
@@ -110,57 +91,49 @@ def fold(
 ) -> None:
     """See :func:`oscopt.kernels.sketch.fold`."""
     dtype = kept[0].dtype
-    sizes, bounds = np.array([x.numel() for x in kept], np.int64), np.arange(len(out) + 1)
-    bounds = np.searchsorted(np.array(layer_of, np.int64), bounds)
-    tag, kept_tag = (np.zeros(1, _STORAGE[d]) for d in (dtype, kept_dtype(dtype)))
-    arguments = (addresses(kept), sizes, np.array(seeds, np.uint32), bounds, tag, kept_tag, out.numpy())
-    _call(_fold, arguments, dtype)
+    sizes = np.array([x.numel() for x in kept], np.int64)
+    bounds = np.searchsorted(np.array(layer_of, np.int64), np.arange(len(out) + 1))
+    tensors = addresses(kept), sizes, np.array(seeds, np.int64)
+    arguments = tensors, bounds, tag_of(dtype), tag_of(kept_dtype(dtype)), out.numpy()
+    call(_fold, arguments, dtype, threads_for(sizes.sum()))
 
 
 # ---- compiled code ---------------------------------------------------------------------------------------
 
 
-class _Bits(types.Type):
-    """`lanes` words of 32 bits in a register."""
+class Map(NamedTuple):
+    """One map S, and how elements are passed over."""
 
-    def __init__(self, lanes: int) -> None:
-        self.lanes = lanes
-        super().__init__(f"Bits({lanes})")
-
-
-@register_model(_Bits)
-class _BitsModel(models.PrimitiveModel):
-    def __init__(self, manager, kind) -> None:
-        super().__init__(manager, kind, ir.VectorType(ir.IntType(32), kind.lanes))
+    seed: int
+    buckets: int
+    ahead: int
+    align: bool
+    """Whether products with the momentum are summed."""
 
 
 @intrinsic(prefer_literal=True)
 def _hashed(typing_context, index, seed, lanes):
     """:func:`oscopt.kernels.sketch.hashed` of `index` and the numbers after it, one a lane."""
+    vector = Vector(types.uint32, lanes.literal_value)
 
     def generate(context, builder, signature, args):
-        count = signature.args[2].literal_value
-        vector = ir.VectorType(ir.IntType(32), count)
-
-        def constant(value):
-            return ir.Constant(vector, [value] * count)
-
-        index = _splat(builder, builder.trunc(args[0], ir.IntType(32)), vector)
-        x = builder.mul(builder.add(index, ir.Constant(vector, list(range(count)))), constant(GOLDEN))
-        x = builder.add(x, _splat(builder, args[1], vector))
+        kind, word = ir_type(vector), ir.IntType(32)
+        index, seed = (splat(builder, builder.trunc(value, word), kind) for value in args[:2])
+        index = builder.add(index, ir.Constant(kind, list(range(vector.lanes))))
+        x = builder.add(builder.mul(index, constant(kind, GOLDEN)), seed)
         for shift, odd in ((16, ODD), (15, ODDER)):
-            x = builder.mul(builder.xor(x, builder.lshr(x, constant(shift))), constant(odd))
-        return builder.xor(x, builder.lshr(x, constant(16)))
+            x = builder.mul(builder.xor(x, builder.lshr(x, constant(kind, shift))), constant(kind, odd))
+        return builder.xor(x, builder.lshr(x, constant(kind, 16)))
 
-    return _Bits(lanes.literal_value)(types.int64, types.uint32, lanes), generate
+    return vector(types.int64, types.int64, lanes), generate
 
 
 @intrinsic
 def _first_lane(typing_context, bits):
     def generate(context, builder, signature, args):
-        return builder.extract_element(args[0], ir.Constant(ir.IntType(32), 0))
+        return builder.zext(builder.extract_element(args[0], ir.Constant(ir.IntType(32), 0)), ir.IntType(64))
 
-    return types.uint32(bits), generate
+    return types.int64(bits), generate
 
 
 @intrinsic
@@ -168,7 +141,7 @@ def _shifted(typing_context, bits, count):
     """Each word `count` bits to the left."""
 
     def generate(context, builder, signature, args):
-        return builder.shl(args[0], _splat(builder, builder.trunc(args[1], ir.IntType(32)), args[0].type))
+        return builder.shl(args[0], splat(builder, builder.trunc(args[1], ir.IntType(32)), args[0].type))
 
     return bits(bits, types.int64), generate
 
@@ -178,234 +151,206 @@ def _flipped(typing_context, values, bits):
     """`values`, the sign changed where the top bit is set."""
 
     def generate(context, builder, signature, args):
-        count, width = values.lanes, values.dtype.bitwidth
-        sign = builder.and_(args[1], ir.Constant(args[1].type, [1 << 31] * count))
-        if width == 64:
-            wide = ir.VectorType(ir.IntType(64), count)
-            sign = builder.shl(builder.zext(sign, wide), ir.Constant(wide, [32] * count))
+        sign = builder.and_(args[1], constant(args[1].type, 1 << 31))
+        if values.dtype.bitwidth == 64:
+            double = ir.VectorType(ir.IntType(64), values.lanes)
+            sign = builder.shl(builder.zext(sign, double), constant(double, 32))
         return builder.bitcast(builder.xor(builder.bitcast(args[0], sign.type), sign), args[0].type)
 
     return values(values, bits), generate
 
 
-@intrinsic
-def _plus(typing_context, a, b):
-    return a(a, b), lambda context, builder, signature, args: builder.fadd(*args)
+@inlined
+def _add_to_bucket(bucket, values, bits, kept_tag):
+    store(bucket, kept_tag, add(load(bucket, kept_tag, values), _flipped(values, bits)))
 
 
-@njit(nogil=True)
-def _offset(first, seed, buckets):
-    """By how much the run that begins at element `first` is rotated."""
-    return np.int64(_first_lane(_hashed(first // buckets, seed ^ np.uint32(OFFSETS), 1))) % buckets
+def _sketching(momentum):
+    """Whole words, `n` bytes from element number `first` of their tensor on, within one run.
 
-
-def _run(momentum, lanes):
-    """`n` elements from number `first` of their tensor on, within one run: a whole number of words.
-
-    They are added to the buckets at the address `place`; their squares are summed, and with a momentum buffer
-    and `align` their products with it, and its squares.
+    They are added to the buckets at the address `bucket`; their squares are summed, and where there is a
+    momentum, and with `align`, their products with it, and its squares.
     """
-    update, update_bounded = (_descend_momentum if momentum else _descend)(lanes), _descend_bounded(lanes)
-    vectors = _WORD // lanes if lanes > 1 else 1
-    word = vectors * lanes
+    prefetch_part, update_part = prefetching(momentum=momentum), updating(momentum=momentum)
 
-    @njit(nogil=True)
-    def run(p, g, buf, place, first, n, seed, ahead, updated, align, row, tag, kept_tag):
-        size, kept_size = _itemsize(tag), _itemsize(kept_tag)
-        sq_norm, alignment, momentum_sq_norm = _zeros(lanes), _zeros(lanes), _zeros(lanes)
-        bounded = momentum and row[6] < np.inf
-        i = 0
+    @compiled
+    def sketch(at, bucket, first, n, map_, rule, tag, kept_tag):
+        sq_norm, alignment, momentum_sq_norm = zeros(LANES), zeros(LANES), zeros(LANES)
+        size, vector, word = itemsize(tag), LANES * itemsize(tag), _WORD * itemsize(tag)
+        i = np.int64(0)
         while i < n:
-            at = first + i
-            bits = _shifted(_hashed((at >> 8 << 3) + (at & 7), seed, lanes), at >> 3 & 31)
-            stop = min(n, i + 256 - (at & 255)) if lanes > 1 else i + 1
-            while i < stop:
-                if ahead:
-                    line = i * size + ahead
-                    last = line + word * size
-                    while line < last:
-                        _prefetch(g + line)
-                        if momentum:
-                            _prefetch(buf + line)
-                        if updated:
-                            _prefetch(p + line)
-                        line += 64
-                for j in range(vectors):
-                    at = (i + j * lanes) * size
-                    bucket = place + (i + j * lanes) * kept_size
-                    values = _load(g + at, tag, lanes)
-                    _store(bucket, kept_tag, _plus(_load(bucket, kept_tag, lanes), _flipped(values, bits)))
+            number = first + i // size
+            place = number % _BLOCK
+            bits = _shifted(_hashed(number // _BLOCK * LANES, map_.seed, LANES), place // LANES)
+            end = min(n, i + (_BLOCK - place) * size)
+            while i < end:
+                if map_.ahead:
+                    prefetch_part(at, i + map_.ahead, word)
+                for j in range(_WORD // LANES):
+                    values = load(at.grad + i + j * vector, tag, LANES)
+                    _add_to_bucket(bucket + j * LANES * itemsize(kept_tag), values, bits, kept_tag)
                     bits = _shifted(bits, 1)
-                    a = _wide(values)
-                    sq_norm = _fma(a, a, sq_norm)
-                if momentum and align:
-                    for j in range(vectors):
-                        at = (i + j * lanes) * size
-                        a, b = _wide(_load(g + at, tag, lanes)), _wide(_load(buf + at, tag, lanes))
-                        alignment = _fma(a, b, alignment)
-                        momentum_sq_norm = _fma(b, b, momentum_sq_norm)
-                if updated and not bounded:
-                    for j in range(vectors):
-                        at = (i + j * lanes) * size
-                        update(p + at, buf + at, _load(g + at, tag, lanes), row, tag)
-                if momentum and updated and bounded:
-                    for j in range(vectors):
-                        at = (i + j * lanes) * size
-                        update_bounded(p + at, buf + at, _load(g + at, tag, lanes), row, tag)
+                    sq_norm = fma(wide(values), wide(values), sq_norm)
+                bucket += _WORD * itemsize(kept_tag)
+                if momentum and map_.align:
+                    for j in range(_WORD // LANES):
+                        at_j = i + j * vector
+                        a, b = wide(load(at.grad + at_j, tag, LANES)), wide(load(at.buf + at_j, tag, LANES))
+                        alignment = fma(a, b, alignment)
+                        momentum_sq_norm = fma(b, b, momentum_sq_norm)
+                if at.param:
+                    update_part(at, i, word, rule, None, tag)  # adds to no sums
                 i += word
-        return _total(sq_norm), _total(alignment), _total(momentum_sq_norm)
+        return summed(sq_norm), summed(alignment), summed(momentum_sq_norm)
 
-    return run
-
-
-def _runs(momentum):
-    """Elements from number `first` on, in runs of `buckets`, each rotated; sums as of :func:`_run`."""
-    wide, narrow = _run(momentum, _LANES), _run(momentum, 1)
-
-    @njit(nogil=True)
-    def runs(p, g, buf, twice, buckets, first, n, seed, ahead, align, row, tag, kept_tag):
-        sq_norm = alignment = momentum_sq_norm = 0.0
-        size, kept_size, updated = _itemsize(tag), _itemsize(kept_tag), p != 0
-        for start in range(0, n, buckets):
-            place = twice + _offset(first + start, seed, buckets) * kept_size
-            count = min(n - start, buckets)
-            words = count - count % _WORD
-            at, number = start * size, first + start
-            given = (updated, align, row, tag, kept_tag)
-            a = wide(p + at, g + at, buf + at, place, number, words, seed, ahead, *given)
-            place += words * kept_size
-            at, number, count = at + words * size, number + words, count - words
-            b = narrow(p + at, g + at, buf + at, place, number, count, seed, 0, *given)
-            sq_norm += a[0] + b[0]
-            alignment += a[1] + b[1]
-            momentum_sq_norm += a[2] + b[2]
-        return sq_norm, alignment, momentum_sq_norm
-
-    return runs
+    return sketch
 
 
-_plain, _momentum = _runs(momentum=False), _runs(momentum=True)
+_plain, _momentum = _sketching(False), _sketching(True)
 
 
-@njit(nogil=True)
-def _halves(twice, count, kept_tag):
+@compiled
+def _words(at, bucket, first, n, map_, rule, tag, kept_tag):
+    if at.buf:
+        return _momentum(at, bucket, first, n, map_, rule, tag, kept_tag)
+    return _plain(at, bucket, first, n, map_, rule, tag, kept_tag)
+
+
+@compiled
+def _tail(at, bucket, first, n, map_, rule, tag, kept_tag):
+    """As :func:`_words`, one element at a time."""
+    sq_norm, alignment, momentum_sq_norm = zeros(1), zeros(1), zeros(1)
+    for i in range(0, n, itemsize(tag)):
+        number = first + i // itemsize(tag)
+        hashes = _hashed(number // _BLOCK * LANES + number % LANES, map_.seed, 1)
+        values = load(at.grad + i, tag, 1)
+        _add_to_bucket(bucket, values, _shifted(hashes, number % _BLOCK // LANES), kept_tag)
+        bucket += itemsize(kept_tag)
+        a = wide(values)
+        sq_norm = fma(a, a, sq_norm)
+        if at.buf and map_.align:
+            b = wide(load(at.buf + i, tag, 1))
+            alignment = fma(a, b, alignment)
+            momentum_sq_norm = fma(b, b, momentum_sq_norm)
+        if at.param:
+            update_elements(at, i, values, rule, tag)
+    return summed(sq_norm), summed(alignment), summed(momentum_sq_norm)
+
+
+@inlined
+def _runs(at, twice, first, n, map_, rule, tag, kept_tag):
+    """Elements from number `first` on, in runs, each rotated: sums as of :func:`_sketching`."""
+    sq_norm = alignment = momentum_sq_norm = 0.0
+    for start in range(first, first + n, map_.buckets):
+        hashes = _hashed(start // map_.buckets, map_.seed ^ OFFSETS, 1)
+        bucket = twice + _first_lane(hashes) % map_.buckets * itemsize(kept_tag)
+        count = min(first + n - start, map_.buckets)
+        whole = count - count % _WORD
+        a = _words(at, bucket, start, whole * itemsize(tag), map_, rule, tag, kept_tag)
+        at, bucket, rest = (
+            moved(at, whole * itemsize(tag)),
+            bucket + whole * itemsize(kept_tag),
+            count - whole,
+        )
+        b = _tail(at, bucket, start + whole, rest * itemsize(tag), map_, rule, tag, kept_tag)
+        at = moved(at, rest * itemsize(tag))
+        sq_norm += a[0] + b[0]
+        alignment += a[1] + b[1]
+        momentum_sq_norm += a[2] + b[2]
+    return sq_norm, alignment, momentum_sq_norm
+
+
+@inlined
+def _halves(twice, kept_tag):
     """Add the second half of the buckets to the first; its squared norm."""
-    sq_norm = _zeros(_LANES)
-    size = _itemsize(kept_tag)
-    for i in range(0, count * size, _LANES * size):
-        both = _plus(_load(twice + i, kept_tag, _LANES), _load(twice + count * size + i, kept_tag, _LANES))
-        _store(twice + i, kept_tag, both)
-        sq_norm = _fma(_wide(both), _wide(both), sq_norm)
-    return _total(sq_norm)
+    sq_norm = zeros(LANES)
+    size = itemsize(kept_tag)
+    for i in range(0, BUCKETS * size, LANES * size):
+        both = add(load(twice + i, kept_tag, LANES), load(twice + BUCKETS * size + i, kept_tag, LANES))
+        store(twice + i, kept_tag, both)
+        sq_norm = fma(wide(both), wide(both), sq_norm)
+    return summed(sq_norm)
 
 
-@njit(nogil=True)
+@inlined
 def _keep(new, old, stretch, kept_tag):
     """Dot, squared difference and squared norm of `stretch` times the buckets at `new`, and those at `old`;
     which are overwritten."""
-    dot, diff_sq_norm, prev_sq_norm = _zeros(_LANES), _zeros(_LANES), _zeros(_LANES)
-    size = _itemsize(kept_tag)
-    factor = _scalar(stretch, kept_tag)
-    for i in range(0, BUCKETS * size, _LANES * size):
-        values = _load(new + i, kept_tag, _LANES)
-        a, b = _multiply(stretch, _wide(values)), _wide(_load(old + i, kept_tag, _LANES))
-        d = _subtract(a, b)
-        dot = _fma(a, b, dot)
-        diff_sq_norm = _fma(d, d, diff_sq_norm)
-        prev_sq_norm = _fma(b, b, prev_sq_norm)
-        _store(old + i, kept_tag, _multiply(factor, values))
-    return _total(dot), _total(diff_sq_norm), _total(prev_sq_norm)
+    dot, diff_sq_norm, prev_sq_norm = zeros(LANES), zeros(LANES), zeros(LANES)
+    size = itemsize(kept_tag)
+    factor = scalar(stretch, kept_tag)
+    for i in range(0, BUCKETS * size, LANES * size):
+        values = load(new + i, kept_tag, LANES)
+        a, b = multiply(stretch, wide(values)), wide(load(old + i, kept_tag, LANES))
+        d = subtract(a, b)
+        dot = fma(a, b, dot)
+        diff_sq_norm = fma(d, d, diff_sq_norm)
+        prev_sq_norm = fma(b, b, prev_sq_norm)
+        store(old + i, kept_tag, multiply(factor, values))
+    return summed(dot), summed(diff_sq_norm), summed(prev_sq_norm)
 
 
-@njit(nogil=True, cache=True)
-def _chunk(p, g, kept, buf, twice, first, n, seed, ahead, align, row, scale, bound, tag, kept_tag):
-    """Sketch and update `n` elements from number `first` on, at the addresses `p`, `g`, `buf` (0: none)."""
-    scalars = _scalars(row, scale, bound, buf != 0, tag)
-    if buf == 0:
-        sums = _plain(p, g, buf, twice, BUCKETS, first, n, seed, ahead, align, scalars, tag, kept_tag)
-    else:
-        sums = _momentum(p, g, buf, twice, BUCKETS, first, n, seed, ahead, align, scalars, tag, kept_tag)
-    sq_norm, alignment, momentum_sq_norm = sums
-    buckets_sq_norm = _halves(twice, BUCKETS, kept_tag)
+@compiled
+def _compare(sq_norm, twice, kept, runs, kept_tag):
+    """What :data:`oscopt.kernels.sketch.ESTIMATED` names, of a chunk of so many runs; its sketch is kept."""
+    buckets_sq_norm = _halves(twice, kept_tag)
     stretch = np.sqrt(sq_norm / buckets_sq_norm) if sq_norm != 0 else 0.0
     dot, diff_sq_norm, prev_sq_norm = _keep(twice, kept, stretch, kept_tag)
     product = sq_norm * prev_sq_norm
     rest = 1 - dot * dot / product if product != 0 else 0.0
     dot *= 1 + rest / (2 * BUCKETS)
-    runs = (n + BUCKETS - 1) // BUCKETS
-    variance = product * rest * rest * (1 - 1 / runs) / BUCKETS
-    sign = row[5] if p != 0 else 1.0
-    return dot, sq_norm, diff_sq_norm, prev_sq_norm, sign * alignment, momentum_sq_norm, variance
+    return dot, diff_sq_norm, prev_sq_norm, product * rest * rest * (1 - 1 / runs) / BUCKETS
 
 
-@njit(nogil=True, cache=True, parallel=True)
-def _step(
-    p,
-    g,
-    kept,
-    buf,
-    rows,
-    hyper,
-    scale,
-    bound,
-    scale_of,
-    tensor,
-    start,
-    stop,
-    first_chunk,
-    seeds,
-    share,
-    ahead,
-    align,
-    tag,
-    kept_tag,
-    partials,
-    bounds,
-    out,
-):
-    itemsize = _itemsize(tag)
+@compiled
+def _work_off(first, last, tables, chunks, rates, way, tag, kept_tag, partials):
+    """Chunks [first, last)."""
+    ahead, align = way
+    buckets = np.empty(2 * BUCKETS, kept_tag.dtype)
+    twice = np.int64(buckets.ctypes.data)
+    for c in range(first, last):
+        chunk = chunks[c]
+        k, n = chunk.tensor, chunk.stop - chunk.start
+        at = locate(tables, k, chunk.start * itemsize(tag))
+        at = Arrays(at.param, at.grad, 0, at.buf)  # what is kept has places of its own
+        rule = rule_for(chunk, tables.row[k] if at.param else 0, rates, at.buf != 0, tag)
+        map_ = Map(chunk.seed, BUCKETS, ahead, align)
+        buckets[:] = 0
+        sums = _runs(at, twice, chunk.start, n, map_, rule, tag, kept_tag)
+        sq_norm, alignment, momentum_sq_norm = sums
+        kept = tables.prev[k] + (c - chunk.first) * BUCKETS * itemsize(kept_tag)
+        runs = (n + BUCKETS - 1) // BUCKETS
+        dot, diff_sq_norm, prev_sq_norm, variance = _compare(sq_norm, twice, kept, runs, kept_tag)
+        if at.param:
+            alignment *= rule.sign
+        row = partials[c]
+        row[0], row[1], row[2], row[3] = dot, sq_norm, diff_sq_norm, prev_sq_norm
+        row[4], row[5], row[6] = alignment, momentum_sq_norm, variance
+
+
+@entry
+def _step(share, tables, chunks, rates, way, tag, kept_tag, output):
     for thread in prange(share.size - 1):
-        twice = np.empty(2 * BUCKETS, kept_tag.dtype)
-        for c in range(share[thread], share[thread + 1]):
-            k = tensor[c]
-            offset = start[c] * itemsize
-            entry = scale_of[k]
-            twice[:] = 0
-            sums = _chunk(
-                p[k] + offset if p.size else 0,
-                g[k] + offset,
-                kept[k] + (c - first_chunk[c]) * BUCKETS * _itemsize(kept_tag),
-                buf[k] + offset if buf.size and buf[k] else 0,
-                twice.ctypes.data,
-                start[c],
-                stop[c] - start[c],
-                seeds[k],
-                ahead,
-                align,
-                hyper[rows[k] if p.size else 0],
-                scale[entry] if scale.size and entry >= 0 else 1.0,
-                bound[entry] if bound.size and entry >= 0 else np.inf,
-                tag,
-                kept_tag,
-            )
-            for s in range(7):
-                partials[c, s] = sums[s]
-    _reduce(partials, bounds, True, align and buf.size > 0, out)
-    for layer in range(out.shape[1]):  # no matter whether there is a momentum
-        total = 0.0
-        for c in range(bounds[layer], bounds[layer + 1]):
-            total += partials[c, 6]
-        out[6, layer] = total if np.isfinite(total) else np.nan
+        first, last = share[thread], share[thread + 1]
+        _work_off(first, last, Tables(*tables), chunks, Rates(*rates), way, tag, kept_tag, output[0])
+    reduce(Output(*output))
 
 
-@njit(nogil=True, cache=True, parallel=True)
-def _fold(kept, sizes, seeds, bounds, tag, kept_tag, out):
-    count = out.shape[1]
+@compiled
+def _fold_layer(first, last, tensors, tag, kept_tag, row):
+    """Tensors [first, last)."""
+    kept, sizes, seeds = tensors
+    buckets = np.zeros(2 * row.size, kept_tag.dtype)
+    none = scalar(0.0, tag)
+    rule = Rule(none, none, none, none, none, none, none, none)
+    for k in range(first, last):
+        map_ = Map(seeds[k] ^ FOLD, row.size, 0, False)
+        _runs(Arrays(0, kept[k], 0, 0), np.int64(buckets.ctypes.data), 0, sizes[k], map_, rule, tag, kept_tag)
+    for i in range(row.size):
+        row[i] += buckets[i] + buckets[row.size + i]
+
+
+@entry
+def _fold(tensors, bounds, tag, kept_tag, out):
     for layer in prange(out.shape[0]):
-        twice = np.zeros(2 * count, kept_tag.dtype)
-        none = _scalars(np.zeros(6), 1.0, np.inf, False, tag)
-        for k in range(bounds[layer], bounds[layer + 1]):
-            seed = seeds[k] ^ np.uint32(FOLD)
-            _plain(0, kept[k], 0, twice.ctypes.data, count, 0, sizes[k], seed, 0, False, none, tag, kept_tag)
-        for i in range(count):
-            out[layer, i] += twice[i] + twice[count + i]
+        _fold_layer(bounds[layer], bounds[layer + 1], tensors, tag, kept_tag, out[layer])

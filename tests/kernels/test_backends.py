@@ -58,18 +58,18 @@ def oracle(layer_of, num_layers, grads, prevs, bufs=None, sign=1.0) -> torch.Ten
 
 
 def expected_update(p, g, b, row, bound=math.inf):
-    """HYPER's formulas in float64: parameter, buffer."""
-    lr, decay, gain, weight_decay, lookahead, sign = row
+    """:class:`oscopt.kernels.Hyper`'s formulas in float64: parameter, buffer."""
+    row = kernels.Hyper(*row)
     p, g = p.cpu().double(), g.cpu().double()
     if b is not None and bound < math.inf:
-        b = decay * b.cpu().double() + gain * sign * g
+        b = row.momentum * b.cpu().double() + row.one_minus_dampening * row.sign * g
         d = torch.where(b.isfinite(), b.clamp(-bound, bound), torch.nan)
-        return p - lr * (d + (weight_decay * bound * p if weight_decay else 0)), b
-    d = sign * g + (weight_decay * p if weight_decay else 0)
+        return p - row.lr * (d + (row.weight_decay * bound * p if row.weight_decay else 0)), b
+    d = row.sign * g + (row.weight_decay * p if row.weight_decay else 0)
     if b is not None:
-        b = decay * b.cpu().double() + gain * d
-        d = d + lookahead * b if lookahead else b
-    return p - lr * d, b
+        b = row.momentum * b.cpu().double() + row.one_minus_dampening * d
+        d = d + row.nesterov_momentum * b if row.nesterov_momentum else b
+    return p - row.lr * d, b
 
 
 def plan_for(name, params, grads, layer_of, num_layers):
@@ -253,7 +253,7 @@ def test_not_finite_goes_through_the_bound(name, dtype):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("measured", [False, True])
 def test_bounded_steps(name, dtype, scaled, measured):
-    """Clipped momentum, decoupled weight decay, whatever the lookahead; plain steps where nothing bounds."""
+    """Clipped momentum, decoupled weight decay, Nesterov's form or not; plain steps where nothing bounds."""
     sizes, layer_of, bounds = [9000, 70, 5000, 33, 40], [1, 0, -1, 1, 2], [0.25, 2.0, math.inf]
     params, grads, bufs = (
         [torch.full((n,), v, dtype=dtype, device=DEVICE) for n in sizes] for v in (8, 2, -4)
@@ -460,7 +460,7 @@ def test_compiling_is_told_where_it_happens(tmp_path, monkeypatch, caplog):
     told = []
     for _ in range(2):
         sys.modules.pop("fresh_kernel", None)
-        numba_backend._call(importlib.import_module("fresh_kernel").kernel, (1.0,), torch.float32)
+        numba_backend.call(importlib.import_module("fresh_kernel").kernel, (1.0,), torch.float32, 1)
         told.append([record.getMessage() for record in caplog.records])
         caplog.clear()
     assert len(told[0]) == 1 and "compiling oscopt's CPU kernel for torch.float32" in told[0][0]

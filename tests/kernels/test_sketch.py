@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sketch as measure_sketch
 import torch
-from helpers import BACKENDS
+from helpers import BACKENDS, DEVICE
 
 from oscopt import kernels
 from oscopt.kernels import numba_backend, sketch, torch_backend
@@ -108,6 +108,18 @@ def run(module, dtype, momentum, threads=1, measure_only=False):
         plan.fold(kept, vectors)
     torch.set_num_threads(1)
     return params, out, kept, folded
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_what_to_compare_with_there_is_no_variance(backend):
+    """In a list of which one tensor is sketched and one is kept whole."""
+    params = [torch.ones(n, device=DEVICE) for n in (sketch.WHOLE + 1, 4)]
+    module = kernels.backend(backend, params[0].device)
+    plan = kernels.Plan(params, params, [0, 1], 2, module, seeds=[1, 2])
+    out = torch.zeros((len(sketch.SUMS), 2), dtype=torch.float64, device=DEVICE)
+    plan.step(params, None, None, None, [0, 0], [PLAIN], out)
+    assert out[1].tolist() == [sketch.WHOLE + 1, 4]
+    assert out[[0, 2, 3, 6]].isnan().all()
 
 
 @pytest.mark.parametrize(

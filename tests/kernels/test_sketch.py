@@ -187,7 +187,7 @@ def test_not_finite_is_not_a_number(module, size):
 @pytest.mark.parametrize("batch", [256, 64])
 def test_real_gradients(model, batch):
     """Of every layer in five adjacent pairs: the error is small, and is what the standard error says."""
-    found = measure_sketch.recorded(model, measure_sketch.MODELS[model], 6, batch)
+    found = measure_sketch.recorded(model, measure_sketch.MODELS[model], 6, batch, "cpu")
     one, everything, scaled = measure_sketch.errors(found, SEEDS)
     assert 0.92 <= np.mean(np.abs(scaled) <= 1.96) <= 0.99
     assert np.sqrt(np.mean(one**2)) <= 0.008 and np.sqrt(np.mean(everything**2)) <= 0.003

@@ -18,6 +18,7 @@ from study.cli import Parser, exit_code, script
 
 KINDS = ("update", "exact", "sketch", "momentum", "alignment", "sketch momentum")
 """What a step does: the update, and measuring against the last gradient, its sketch or the momentum."""
+WITH_MOMENTUM = ("momentum", "alignment", "sketch momentum")
 
 STEPS, TURNS = 10, 5
 SPIN = 12_000_000  # cycles: some 7 ms, in which the host queues STEPS steps
@@ -40,7 +41,7 @@ def kernel_step(kind: str, shapes: Sequence[tuple[int, ...]], device) -> Callabl
     """
     import torch
 
-    from oscopt.kernels import sketch, triton_backend, triton_sketch
+    from oscopt.kernels import SUMS, Hyper, sketch, triton_backend, triton_sketch
 
     def draw() -> list[torch.Tensor]:
         return [torch.randn(shape, device=device) for shape in shapes]
@@ -49,10 +50,10 @@ def kernel_step(kind: str, shapes: Sequence[tuple[int, ...]], device) -> Callabl
     if sketching:
         shapes = [shape for shape in shapes if torch.Size(shape).numel() > sketch.WHOLE]
     params, grads, layers = draw(), [draw(), draw()], range(len(shapes))
-    buffers = draw() if kind in ("momentum", "alignment", "sketch momentum") else None
-    hyper = [(1e-6, 0.9 if buffers else 0.0, 1.0, 0.0, 0.0, 1.0)]
+    buffers = draw() if kind in WITH_MOMENTUM else None
+    hyper = [Hyper(1e-6, 0.9 if buffers else 0.0, 1.0, weight_decay=0.0, nesterov_momentum=0.0, sign=1.0)]
     rows = [0] * len(shapes)
-    sums = len(sketch.SUMS if sketching else triton_backend.SUMS)
+    sums = len(sketch.SUMS if sketching else SUMS)
     out = None if kind == "update" else torch.empty((sums, len(shapes)), dtype=torch.float64, device=device)
     if sketching:
         batch = triton_sketch.Batch(params, layers, len(shapes), None, layers)
@@ -112,7 +113,7 @@ def print_table(name: str, shapes: Sequence[tuple[int, ...]], device) -> None:
         print(f"{'sgd fused' + ' momentum' * bool(momentum):<20} {time_:>9.1f} {1:>7.3f}")
     for kind in KINDS:
         taken = microseconds(kernel_step(kind, shapes, device))
-        ratio = taken / base[0.9 if kind in ("momentum", "alignment", "sketch momentum") else 0.0]
+        ratio = taken / base[0.9 if kind in WITH_MOMENTUM else 0.0]
         print(f"{kind:<20} {taken:>9.1f} {ratio:>7.3f}", flush=True)
 
 

@@ -119,7 +119,8 @@ def compile_variant(target: str, dtype: torch.dtype, variant: str):
     elif variant.startswith("sketch"):
         parts = variant.split("+")
         chosen = {part: part in parts for part in ("momentum", "scaled", "bounded")}
-        constants = triton_sketch.constants(dtype, update="monitor" not in parts, **chosen)
+        update = "monitor" not in parts
+        constants = triton_backend.constants(dtype, update=update, **chosen, **triton_sketch.VARIANT)
         kernel = triton_backend.step_kernel
         options = triton_backend.options(dtype, gpu.warp_size)
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -289,29 +290,12 @@ class Arrays(NamedTuple):
     buf: int
 
 
-class Rule(NamedTuple):
-    """One update, in numbers of the type in which elements are computed with."""
+Rule = namedtuple("Rule", (*HYPER, "bound", "bounded_decay"))  # type: ignore[misc]
+"""One update, in numbers of the type in which elements are computed with: :class:`oscopt.kernels.Hyper`, the
+bound, and the weight decay of a bounded update times the bound."""
 
-    lr: float
-    momentum: float
-    one_minus_dampening: float
-    weight_decay: float
-    nesterov_momentum: float
-    sign: float
-    bound: float
-    bounded_decay: float
-    """The weight decay of a bounded update, times the bound."""
-
-
-class Sums(NamedTuple):
-    """:data:`oscopt.kernels.SUMS`, each in a vector or as a number."""
-
-    dot: float
-    sq_norm: float
-    diff_sq_norm: float
-    prev_sq_norm: float
-    alignment: float
-    momentum_sq_norm: float
+Sums = namedtuple("Sums", SUMS)  # type: ignore[misc]
+"""Each of :data:`oscopt.kernels.SUMS`, in a vector or as a number."""
 
 
 @inlined

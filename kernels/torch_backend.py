@@ -51,7 +51,8 @@ class Batch:
 
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
         if out is not None:
-            self._measure(grads, prevs, bufs, [1.0 if hyper is None else hyper[r][5] for r in rows], out)
+            signs = [1.0 if hyper is None else Hyper(*hyper[row]).sign for row in rows]
+            self._measure(grads, prevs, bufs, signs, out)
         if hyper is not None:
             self._update(grads, bufs or [None] * len(grads), rows, hyper, scale, bound)
         for i in (i for i, copy in enumerate(copies or ()) if copy):

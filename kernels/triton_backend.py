@@ -23,12 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import SUMS, addresses, capturing
-from .sketch import GOLDEN, ODD, ODDER, OFFSETS
+from .sketch import BUCKETS, GOLDEN, ODD, ODDER, OFFSETS
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-BLOCK = 1024  # elements that a program holds at a time
+BLOCK = BUCKETS  # elements that a program holds at a time: one run of a sketch
 TILE = 8 * BLOCK  # elements of a program
 REDUCE_BLOCK = 256
 REDUCE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -438,22 +438,41 @@ class Batch:
     def step(self, grads, prevs, bufs, copies, rows, hyper, out, scale=None, bound=None) -> None:
         measure, pair = out is not None, out is not None and prevs is not None
         if len(self._partials) and (measure or hyper is not None):
-            if scale is None and bound is not None:
-                scale = self._ones  # saves a variant to compile: who bounds steps scales them, too
-            arguments = self._arguments(grads, prevs, bufs, copies, rows, hyper, scale, bound)
-            variant = variant_of(bufs, hyper, scale, bound) | {
-                "measure": measure,
-                "pair": pair,
-                "copy": pair and copies is not None,
-            }
-            step_kernel[(len(self._partials),)](
-                **arguments, **self._tiles, **constants(self._dtype, **variant), **options(self._dtype)
-            )
+            variant = {"measure": measure, "pair": pair, "copy": pair and copies is not None}
+            arguments = self._arguments(grads, prevs, bufs, copies, rows, hyper)
+            self._launch(self._tiles, arguments, variant, bufs, hyper, scale, bound)
         if measure:
             self._reduce(self._partials, self._bounds, pair, bufs is not None, out)
 
-    def _arguments(self, grads, prevs, bufs, copies, rows, hyper, scale, bound) -> dict[str, object]:
-        """The step kernel's arguments, by name."""
+    def _launch(self, tiles: dict[str, Tensor], arguments, variant, bufs, hyper, scale, bound) -> None:
+        """The step kernel, on `tiles`.
+
+        Args:
+            arguments: from :meth:`_arguments`.
+            variant: of the arguments of :func:`constants`, those that do not follow from the others.
+        """
+        if scale is None and bound is not None:
+            scale = self._ones  # saves a variant to compile: who bounds steps scales them, too
+        momentum = bufs is not None and any(b is not None for b in bufs)
+        chosen = constants(
+            self._dtype,
+            update=hyper is not None,
+            momentum=momentum,
+            scaled=scale is not None,
+            bounded=momentum and hyper is not None and bound is not None,
+            **variant,
+        )
+        step_kernel[(len(tiles["start_ptr"]),)](
+            **arguments,
+            **tiles,
+            scale_ptr=self._partials if scale is None else scale,
+            bound_ptr=self._partials if bound is None else bound,
+            **chosen,
+            **options(self._dtype),
+        )
+
+    def _arguments(self, grads, prevs, bufs, copies, rows, hyper) -> dict[str, object]:
+        """Of the step kernel, by name: all but tiles, scales and bounds."""
         pointers, flags = self._table(grads, prevs, bufs, copies)
         if hyper is not None:
             if self._rows[0] != rows:
@@ -471,8 +490,6 @@ class Batch:
             "row_ptr": self._rows[1] if hyper is not None else self._scale_of,
             "hyper_ptr": self._hyper[1] if hyper is not None else self._partials,
             "scale_of_ptr": self._scale_of,
-            "scale_ptr": self._partials if scale is None else scale,
-            "bound_ptr": self._partials if bound is None else bound,
             "partial_ptr": self._partials,
             # Not read where nothing is sketched.
             "seed_ptr": self._scale_of,
@@ -545,17 +562,6 @@ class Batch:
             self._captured[key][0].numpy()[:] = table
         host, on_device = self._captured[key]
         return on_device.copy_(host, non_blocking=True)
-
-
-def variant_of(bufs, hyper, scale, bound) -> dict[str, bool]:
-    """Of the update that a step does: arguments of :func:`constants`."""
-    momentum = bufs is not None and any(b is not None for b in bufs)
-    return {
-        "update": hyper is not None,
-        "momentum": momentum,
-        "scaled": scale is not None,
-        "bounded": momentum and hyper is not None and bound is not None,
-    }
 
 
 def _parts(table: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ sketch with what is kept and overwrites that; the third sums up layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from . import addresses, triton_backend
 from .sketch import BUCKETS, FOLD, SUMS, chunk_size, kept_dtype
-from .triton_backend import ELEMENT, cut, options, sketched_run, step_kernel, variant_of
+from .triton_backend import ELEMENT, cut, sketched_run
 
 ROWS = 16  # runs of a tile
 TILE = ROWS * BUCKETS  # elements of a program
 SMALL_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+VARIANT: dict[str, Any] = {"measure": True, "pair": False, "copy": False, "sketch": True, "tile": TILE}
+"""Of the arguments of :func:`oscopt.kernels.triton_backend.constants`, what sketching fixes."""
 
 
 @triton.jit
@@ -153,8 +156,6 @@ class Batch(triton_backend.Batch):
         if prevs is None:
             super().step(grads, None, bufs, None, rows, hyper, out, scale, bound)
             return
-        if scale is None and bound is not None:
-            scale = self._ones
         tiles, chunks = len(self._sketch_tiles["start_ptr"]), len(self._chunks[0])
         # Needed for the moment only: not to be held.
         sums, partials = (
@@ -162,10 +163,9 @@ class Batch(triton_backend.Batch):
             for n, width in ((tiles, 6), (chunks, len(SUMS)))
         )
         buckets = torch.empty((tiles, BUCKETS), dtype=kept_dtype(self._dtype), device=self._device)
-        arguments = self._arguments(grads, prevs, bufs, None, rows, hyper, scale, bound)
+        arguments = self._arguments(grads, prevs, bufs, None, rows, hyper)
         arguments |= {"partial_ptr": sums, "bucket_ptr": buckets, "seed_ptr": self._seeds}
-        chosen = constants(self._dtype, **variant_of(bufs, hyper, scale, bound))
-        step_kernel[(tiles,)](**arguments, **self._sketch_tiles, **chosen, **options(self._dtype))
+        self._launch(self._sketch_tiles, arguments, VARIANT, bufs, hyper, scale, bound)
         kept = {"KEPT": ELEMENT[kept_dtype(self._dtype)], "BUCKETS": BUCKETS}
         chunk_kernel[(chunks,)](
             arguments["pointers_ptr"],
@@ -178,12 +178,6 @@ class Batch(triton_backend.Batch):
             **SMALL_OPTIONS,
         )
         self._reduce(partials, self._chunk_bounds, True, bufs is not None, out)
-
-
-def constants(dtype: torch.dtype, **variant: bool) -> dict:
-    """The compile-time arguments of the step kernel where it sketches."""
-    fixed = {"measure": True, "pair": False, "copy": False}
-    return triton_backend.constants(dtype, **fixed, **variant, sketch=True, tile=TILE)
 
 
 def fold(

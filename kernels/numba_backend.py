@@ -9,11 +9,13 @@ is decided at run time by the hyperparameters and by null addresses, so that not
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 from collections import namedtuple
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -249,7 +251,16 @@ def call(kernel, arguments: tuple, dtype: torch.dtype, threads: int) -> None:
 
 _INNER: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 compiled, inlined = njit(**_INNER), njit(**_INNER, forceinline=True)
-entry = njit(nogil=True, cache=True, parallel=True)
+_SOURCES = hashlib.sha256()
+for _name in ("__init__", "sketch", "numba_vectors", "numba_backend", "numba_sketch"):
+    _SOURCES.update(Path(__file__).with_name(f"{_name}.py").read_bytes())
+
+
+def entry(function):
+    """What is called from Python: compiled once, kept on disk until any of the kernels' sources changes."""
+    # numba itself looks at the file of `function` only, not at those of what is inlined into it.
+    function.__qualname__ += f"-{_SOURCES.hexdigest()[:12]}"
+    return njit(nogil=True, cache=True, parallel=True)(function)
 
 
 class Tables(NamedTuple):

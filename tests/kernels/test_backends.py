@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +155,7 @@ def test_random_lists(name, problem, momentum, copy, full, paired, bounds):
     check(name, problem, momentum, copy, FULL if full else PLAIN, paired, bounds)
 
 
+@pytest.mark.slow
 @given(
     problem=problems(most=4),
     momentum=st.booleans(),
@@ -449,6 +452,25 @@ def test_hint_without_numba(monkeypatch):
     with pytest.warns(UserWarning, match=r"numba is not installed.*pip install 'oscopt\[cpu\]'") as caught:
         names = [kernels.backend("auto", torch.device("cpu")).NAME for _ in range(3)]
     assert names == ["torch"] * 3 and len(caught) == 1
+
+
+@pytest.mark.parametrize("edited", [None, "__init__", "sketch", "numba_vectors", "numba_sketch"])
+def test_edited_kernels_are_compiled_anew(tmp_path, monkeypatch, edited):
+    """numba's cache on disk knows the entry points by their qualified names."""
+    numba_sketch = pytest.importorskip("oscopt.kernels.numba_sketch")
+    copied = tmp_path / f"kernels_{edited}"
+    shutil.copytree(Path(numba_sketch.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    if edited:
+        with (copied / f"{edited}.py").open("a") as file:
+            file.write("# edited\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    copy = importlib.import_module(f"{copied.name}.numba_sketch")
+    for module, other in (
+        (numba_sketch, copy),
+        (numba_sketch.numba_backend, copy.numba_backend),
+    ):
+        names = [each._step.py_func.__qualname__ for each in (module, other)]
+        assert (names[0] == names[1]) == (edited is None)
 
 
 def test_compiling_is_told_where_it_happens(tmp_path, monkeypatch, caplog):

@@ -16,6 +16,7 @@ from .window import Window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap
 
 MAP_COLOURS = ("#0b2559", "#3a6cb4", "#aaaaaa", "#f3b673", "#fff6dd")
@@ -90,22 +91,9 @@ def plot_heatmap(history: History, window: int | None = 5, ax: Axes | None = Non
     if not len(history):
         raise ValueError("the history holds no steps yet; there is nothing to draw")
     ax = _axes(ax)
-    names, steps = history.layer_names, history.steps
-    image = binned(history.correlation(window), at=steps).T
-    mesh = ax.pcolormesh(
-        stretches(steps),
-        np.arange(len(names) + 1),
-        image,
-        cmap=colour_map(),
-        vmin=-1,
-        vmax=1,
-        rasterized=True,
-    )
-    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), 24)).astype(int))
-    ax.set_yticks(shown + 0.5, [names[i] for i in shown], fontsize="small")
-    ax.invert_yaxis()
+    drawn = draw_layers(ax, history.correlation(window), history.layer_names, history.steps)
     ax.set_xlabel("step")
-    ax.figure.colorbar(mesh, ax=ax, label=_label(window))
+    ax.figure.colorbar(drawn, ax=ax, label=_label(window))
     return ax
 
 
@@ -121,14 +109,9 @@ def plot_matrix(window: Window, layer: str | None = None, ax: Axes | None = None
     """
     matrix = window.matrix(layer)
     ax = _axes(ax)
-    image = ax.imshow(matrix, cmap=colour_map(), vmin=-1, vmax=1)
-    if window.h <= 12:
-        for (i, j), value in np.ndenumerate(matrix):
-            colour = "white" if value < -0.4 else "black"
-            ax.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize="small", color=colour)
+    drawn = draw_matrix(ax, matrix)
     ax.set(title=layer or "all layers", xlabel="iteration k", ylabel="iteration j")
-    ax.locator_params(integer=True)
-    ax.figure.colorbar(image, ax=ax, label="correlation")
+    ax.figure.colorbar(drawn, ax=ax, label="correlation")
     return ax
 
 
@@ -211,6 +194,58 @@ def plot_lags(
     ax.set(title=layer or "all layers", xlabel="lag, steps", ylabel="correlation", ylim=(-1.05, 1.05))
     ax.locator_params(axis="x", integer=True)
     return ax
+
+
+# ---- parts of pictures, without labels and colour bars -----------------------------------------------
+
+
+def draw_layers(
+    ax: Axes, values: np.ndarray, names: Sequence[str], at: np.ndarray, most: int = 24
+) -> ScalarMappable:
+    """Correlations (T, L) in colours, a row for each layer, the first on top; white: NaN.
+
+    Args:
+        names: of the L layers; at most `most` are written.
+        at: numbers of the T steps, ascending.
+
+    Returns:
+        What a colour bar is of.
+    """
+    mesh = ax.pcolormesh(
+        stretches(at),
+        np.arange(len(names) + 1),
+        binned(values, at=at).T,
+        cmap=colour_map(),
+        vmin=-1,
+        vmax=1,
+        rasterized=True,
+    )
+    every = -(-len(names) // most)
+    ax.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize="small")
+    ax.set_facecolor("white")
+    ax.set_ylim(len(names), 0)
+    return mesh
+
+
+def draw_matrix(ax: Axes, matrix: np.ndarray, first: int = 0) -> ScalarMappable:
+    """A matrix (h, h) of correlations in colours, with its values if they can be read.
+
+    Args:
+        first: the number of the first row and column.
+
+    Returns:
+        What a colour bar is of.
+    """
+    image = ax.imshow(matrix, cmap=colour_map(), vmin=-1, vmax=1)
+    if len(matrix) <= 12:
+        for (i, j), value in np.ndenumerate(matrix):
+            colour = "white" if value < -0.4 else "black"
+            ax.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize="small", color=colour)
+    shown = np.unique(np.linspace(0, len(matrix) - 1, min(len(matrix), 12)).astype(int))
+    for set_ticks in (ax.set_xticks, ax.set_yticks):
+        set_ticks(shown, [str(first + i) for i in shown])
+    ax.spines[:].set_visible(False)
+    return image
 
 
 def colour_map() -> Colormap:

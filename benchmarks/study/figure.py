@@ -24,7 +24,6 @@ from oscopt import report as page
 from .config import WINDOW, Config
 from .rules import Record, phase_signs
 
-MAP = plot.colour_map()
 _DASHES = ("-", "--", "-.", ":")
 _COLOURS, _STYLE = page.LINE_COLOURS, page.STYLE
 _EPOCHS, _LAGS = 240, 40  # of a recurrence plot, and of a plot of lags
@@ -101,8 +100,9 @@ def draw_beside(record: Record, config: Config, other: Record, other_config: Con
         axes = bottom.subplots(1, len(maps), sharey=True)
         image = None
         for axis, (values, title) in zip(axes, maps, strict=True):
-            image = _map(axis, values, names)
+            image = plot.draw_layers(axis, values, names, np.arange(len(values)))
             axis.set(title=title, xlabel="epoch")
+        axes[0].tick_params("y", labelsize=6)
         bottom.colorbar(image, ax=axes, shrink=0.8, label="correlation")
     return figure
 
@@ -144,8 +144,8 @@ def panels(record: Record, matrices: Matrices, config: Config) -> Iterator[tuple
             yield caption, svg(figure)
         for epoch in sorted(matrices):
             figure, axis = plt.subplots(figsize=(4.9, 2.7), layout="constrained")
-            figure.colorbar(_matrix(axis, matrices[epoch]["global"], epoch), ax=axis, label="correlation")
-            axis.set_title("")
+            image = plot.draw_matrix(axis, matrices[epoch]["global"], epoch)
+            figure.colorbar(image, ax=axis, label="correlation")
             yield (
                 f"Correlations of all pairs of gradients, epochs {epoch} to {epoch + WINDOW - 1}",
                 svg(figure),
@@ -260,7 +260,9 @@ def lags(axis: Axes, record: Record) -> None:
 
 def heatmap(axis: Axes, record: Record) -> None:
     """The windowed mean correlation of every layer at every epoch."""
-    image = _map(axis, record.layers, record.history.layer_names)
+    names, epochs = record.history.layer_names, np.arange(len(record.layers))
+    image = plot.draw_layers(axis, record.layers, names, epochs, most=40)
+    axis.tick_params("y", labelsize=6)
     axis.set(xlabel="epoch", title="Every layer, windowed mean correlation")
     axis.figure.colorbar(image, ax=axis, label="correlation", pad=0.01)
 
@@ -336,43 +338,13 @@ def _pair(figure: Figure, grid, matrices: Matrices) -> None:
     axes = [figure.add_subplot(grid[i]) for i in range(2)]
     image = None
     for axis, epoch in zip(axes, sorted(matrices), strict=False):
-        image = _matrix(axis, matrices[epoch]["global"], epoch)
+        matrix = matrices[epoch]["global"]
+        image = plot.draw_matrix(axis, matrix, epoch)
+        axis.set_title(f"Pairs, epochs {epoch} to {epoch + len(matrix) - 1}")
     for axis in axes[len(matrices) :]:
         axis.set_axis_off()
     if image is not None:
         figure.colorbar(image, ax=axes, location="bottom", shrink=0.7, label="correlation")
-
-
-def _matrix(axis: Axes, matrix: np.ndarray, epoch: int):
-    image = axis.imshow(matrix, cmap=MAP, vmin=-1, vmax=1)
-    ticks = range(len(matrix))
-    axis.set_xticks(ticks, [str(epoch + i) for i in ticks])
-    axis.set_yticks(ticks, [str(epoch + i) for i in ticks])
-    axis.spines[:].set_visible(False)
-    for i in ticks:
-        for j in ticks:
-            value = matrix[i, j]
-            colour = "white" if value < -0.3 else "black"
-            axis.text(j, i, f"{value:+.2f}", ha="center", va="center", color=colour, fontsize=7)
-    axis.set_title(f"Pairs, epochs {epoch} to {epoch + len(matrix) - 1}")
-    return image
-
-
-def _map(axis: Axes, values: np.ndarray, names: tuple[str, ...]):
-    axis.set_facecolor("white")
-    extent = (-0.5, len(values) - 0.5, len(names) - 0.5, -0.5)
-    image = axis.imshow(
-        page.binned(values).T,
-        cmap=MAP,
-        vmin=-1,
-        vmax=1,
-        aspect="auto",
-        interpolation="nearest",
-        extent=extent,
-    )
-    step = math.ceil(len(names) / 40)
-    axis.set_yticks(range(0, len(names), step), names[::step], fontsize=6)
-    return image
 
 
 def _signed_log(axis: Axes, smallest: float, largest: float) -> None:

@@ -87,6 +87,7 @@ def write(
     for name, drawn in figures.items():
         with folder.writing(f"{name}.png", "wb") as file:
             drawn.savefig(file, format="png", dpi=130)
+        drawn.set_layout_engine("none")  # it stays as it is laid out now
         figures[name] = figure.svg(drawn)
         with folder.writing(f"{name}.svg") as file:
             file.write(figures[name])

@@ -14,7 +14,7 @@ from browser import browse, needs_browser
 from helpers import append
 from study_config import CONFIG
 
-from oscopt import History, OscGD
+from oscopt import History, OscGD, plot
 from oscopt.report import binned
 from oscopt.rows import RECORDED
 from study import figure, report, rules, summary
@@ -182,7 +182,7 @@ def test_binned():
 
 def test_the_map_is_readable_in_grey():
     """Each colour is lighter than the one before."""
-    red, green, blue, _ = figure.MAP(np.linspace(0, 1, 64)).T
+    red, green, blue, _ = plot.colour_map()(np.linspace(0, 1, 64)).T
     assert (np.diff(0.2126 * red + 0.7152 * green + 0.0722 * blue) > 0).all()
 
 

@@ -56,9 +56,9 @@ def test_every_step_that_can_be_taken_is_a_variant():
 
 def test_no_spills(reports):
     for r in reports:
-        # For sm_100, ptxas puts one pointer that the loop does not need on the stack.
-        sketched = r["target"] == "cuda:100" and r["variant"].startswith("sketch+momentum")
-        assert max(r["spills"], r["stack_bytes"]) <= 8 * sketched, r
+        # For sm_100, some versions of ptxas put one pointer that the loop does not need on the stack.
+        needless = r["target"] == "cuda:100" and "momentum" in r["variant"]
+        assert max(r["spills"], r["stack_bytes"]) <= 8 * needless, r
 
 
 def test_main_path_is_128_bits_wide(reports):

@@ -1,15 +1,23 @@
 """Set up before anything is imported: without a GPU, Triton kernels run by its interpreter."""
 
 import os
+from types import SimpleNamespace
 
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # other workers need the other cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
+import triton_interpreter  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+if not GPU:
+    triton_interpreter.speed_up()
 
 settings.register_profile(
     "tests", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=True
@@ -17,6 +25,7 @@ settings.register_profile(
 settings.load_profile("tests")
 
 NEEDS_GPU = "needs a GPU"
+NO_PARAMETERS = SimpleNamespace(params={})
 
 
 def pytest_collection_modifyitems(items):
@@ -25,6 +34,8 @@ def pytest_collection_modifyitems(items):
             raise pytest.UsageError(f"the name {item.nodeid} is another one in each process; give it ids=")
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+        if not GPU and "triton" in getattr(item, "callspec", NO_PARAMETERS).params.values():
+            item.add_marker(pytest.mark.slow)  # in its interpreter
 
 
 def fail_if_skipped(report):

@@ -77,6 +77,7 @@ def test_history(tmp_path, capsys):
     assert History.load(tmp_path / "stream").steps.tolist() == list(range(1905))
 
 
+@pytest.mark.slow
 def test_device_time(capsys):
     if torch.cuda.is_available():
         assert called(device_time.main, "--sets", "resnet18") == 0
@@ -346,6 +347,7 @@ def test_bad_input_leaves_the_run_that_is_there(capsys, finished):
     assert (finished / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_first_lines(tmp_path, capsys, undrawn):
     assert called(run.main, *SMALL, "--preset", "small", "--epochs", 3, "--lr", 0.02, "--out", tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()

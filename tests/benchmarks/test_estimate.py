@@ -19,23 +19,14 @@ from study.train import Trainer
 data._mnist5k = functools.cache(data._mnist5k)  # takes a second to read
 
 
+@pytest.mark.slow
 def test_disk_and_time(tmp_path, monkeypatch):
     """The folder of the run is as large as told, but for its pages; passes take time by the picture."""
     out = tmp_path / "run"
-    options = [
-        "--model",
-        "cnn",
-        "--preset",
-        "small",
-        "--n-train",
-        "64",
-        "--micro-batch",
-        "16",
-        "--epochs",
-        "60",
-    ]
+    small = {"n_train": 64, "micro_batch": 16, "width": 8}
+    options = "--model cnn --preset small --n-train 64 --micro-batch 16 --width 8 --epochs 60".split()
     assert run.main([*options, "--threads", "1", "--out", str(out)]) == 0
-    config = replace(TABLE["fig2"].config("small", threads=1), n_train=64, micro_batch=16).with_epochs(60)
+    config = replace(TABLE["fig2"].config("small", threads=1), **small).with_epochs(60)
     found = estimate.estimate(config, None)
     assert not found.problem and not found.note and math.isfinite(found.seconds) and found.seconds > 0
     pages = {".svg", ".png", ".html"}
@@ -68,6 +59,7 @@ def test_memory_is_what_a_pass_keeps(model):
     assert estimate._peak(config, 48, 24, channels, side) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_and_one_without_its_data(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "free", lambda device: 2**28)
     config = replace(TABLE["fig2"].config("paper"), width=8)

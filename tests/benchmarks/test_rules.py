@@ -218,6 +218,7 @@ LEVEL = st.integers(55, 99).map(lambda percent: percent / 100 + 0.003)  # never 
 STRETCHES = st.lists(st.tuples(LEVEL, st.integers(14, 40)), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @given(STRETCHES, st.sampled_from([-1, 1]), st.integers(1, 300), st.integers(0, 99))
 def test_more_of_the_last_stretch_changes_no_verdict(parts, sign, more, seed):
     levels = [sign * (-1) ** i * level for i, (level, _) in enumerate(parts)]

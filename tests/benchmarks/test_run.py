@@ -278,17 +278,16 @@ def test_a_folder_moves_to_another_machine(tmp_path, call, undisturbed, monkeypa
     assert "begun elsewhere" not in call("--resume", "--out", moved).stdout
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_finish_the_epoch_and_say_how_to_resume(tmp_path, number, code):
+def test_signals_finish_the_epoch_and_say_how_to_resume(tmp_path):
     out = tmp_path / "run"
     options = ("--model", "cnn", "--epochs", 100000, "--checkpoint-seconds", 0.05, "--out", out, *FAST)
     process = subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr
+    assert process.returncode == 130, stderr
     assert f"--resume --out {out}" in stderr and "Traceback" not in stderr
     epochs = len(History.load(out / "history.npz"))
     assert len((out / "epochs.csv").read_text().splitlines()) == epochs + 1 > 1

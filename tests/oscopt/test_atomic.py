@@ -28,6 +28,7 @@ History().save(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_the_next_save_takes_over_what_a_killed_one_left(tmp_path):
     path = tmp_path / "history.npz"
     for _ in range(2):
@@ -104,6 +105,7 @@ with atomic.writing(sys.argv[1], "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_text_is_utf8_whatever_the_locale(tmp_path):
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", WRITE, str(tmp_path / "a")]

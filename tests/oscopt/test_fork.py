@@ -44,6 +44,7 @@ def test_a_step_in_a_forked_child(new):
     assert torch.allclose(p, torch.full_like(p, 0.7)) and optimizer.backend == "numba"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_before_the_first_step_has_the_kernel():
     """Or runs that are started by forks would differ from others by some bits."""

@@ -29,6 +29,7 @@ def assert_equal(one: History, other: History, index=slice(None)) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name)[index], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [511, 2_000, 5_000, 20_000])
 def test_thinned_to_its_limit(steps):
     """At most `limit` steps, the last quarter of it whole, every row what it was."""
@@ -62,6 +63,7 @@ def test_the_limit_holds_at_every_moment(limit):
     assert history.steps[0] == 0 and len(history) > limit / 2
 
 
+@pytest.mark.slow
 def test_memory_is_bounded():
     history = record(History(limit=512), 0, 4_000, layers=50)
     tracemalloc.start()
@@ -170,6 +172,7 @@ def test_files_of_other_formats_are_refused(tmp_path):
         History.load(tmp_path / "part.npz")
 
 
+@pytest.mark.slow
 def test_files_that_are_no_histories(tmp_path):
     """Other files of numpy's, and flipped bits, which zlib, zipfile and numpy tell in many ways."""
     np.save(tmp_path / "array.npy", np.ones(3))

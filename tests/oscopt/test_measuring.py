@@ -352,6 +352,7 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_import_loads_no_backend():
     code = (
         "import sys, torch; before = set(sys.modules); import oscopt\n"
@@ -360,6 +361,7 @@ def test_import_loads_no_backend():
     assert run_python(code) == "set()"
 
 
+@pytest.mark.slow
 def test_first_step_says_that_it_compiles(tmp_path):
     """A cold cache: one line on stderr, no silence for seconds."""
     code = (

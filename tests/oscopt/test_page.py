@@ -83,6 +83,7 @@ def test_in_a_browser(tmp_path, width):
     assert browse(record_page([history]), tmp_path, script, width) == expected
 
 
+@pytest.mark.slow
 def test_what_is_on_it(tmp_path):
     """Each part is there where it follows from the record, and only there; nothing comes from a network."""
     model, adapted, momentum = net(), net(), net()
@@ -128,6 +129,7 @@ def test_curvature_between_mini_batches_is_called_noise():
     assert notes == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "layers"), [(30_000, 20), (40, 6000), (1, 1), (2, 3)])
 def test_sizes(steps, layers):
     page = record_page([waves(steps, layers)])

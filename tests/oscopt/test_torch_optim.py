@@ -363,6 +363,7 @@ def test_autocast_with_bfloat16():
     assert (optimizer.history.correlation()[1:] > -1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attach", ["oscgd", "monitor"])
 def test_compiled(attach):
     """A compiled model, and a compiled train step with the optimizer inside: the numbers of eager mode."""

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import SUMS, addresses, capturing
+from . import SUMS, Tensors, addresses, capturing
 from .sketch import BUCKETS, GOLDEN, ODD, ODDER, OFFSETS
 
 NAME = "triton"
@@ -402,7 +402,7 @@ class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
     def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of=None) -> None:
-        self._params = params
+        self._own = addresses(params)
         self._dtype = params[0].dtype
         self._device = params[0].device
         self._num_layers = num_layers
@@ -431,7 +431,7 @@ class Batch:
     def prepare_capture(self) -> None:
         """Tables, which are in pinned memory: none can be had later."""
         while len(self._spares) < _SPARES:
-            shape, pin = (5, len(self._params)), self._device.type != "cpu"
+            shape, pin = (5, len(self._own)), self._device.type != "cpu"
             spare = torch.empty(shape, dtype=torch.int64, pin_memory=pin)
             self._spares.append((spare, torch.empty_like(spare, device=self._device)))
 
@@ -515,17 +515,20 @@ class Batch:
     def _table(self, grads, prevs, bufs, copies) -> tuple[Tensor, Tensor]:
         """Pointers and flags on the device; uploaded only if these addresses are not among the last few."""
         table = np.zeros((5, len(grads)), np.int64)
-        table[0], table[1] = addresses(self._params), addresses(grads)
+        table[0], table[1] = self._own, addresses(grads)
         table[2] = table[1] if prevs is None else addresses(prevs)
         table[3] = table[1]
         flags = table[4].view(np.int32)[: len(grads)]
-        if bufs is not None:
-            there = [b is not None for b in bufs]
+        if isinstance(bufs, Tensors):
+            table[3] = bufs.addresses
+            flags += _BUFFERED.value
+        elif bufs is not None:
+            there = np.array([b is not None for b in bufs])
             table[3, there] = addresses([b for b in bufs if b is not None])
-            flags += _BUFFERED.value * np.array(there, np.int32)
+            flags[there] += _BUFFERED.value
         if copies is not None:
-            flags += _COPIED.value * np.array(copies, np.int32)
-        flags += _ALIGNED.value * (table[:4] % 16 == 0).all(0).astype(np.int32)
+            flags[copies] += _COPIED.value
+        flags[~(np.bitwise_or.reduce(table[:4]) & 15).astype(bool)] += _ALIGNED.value
         if capturing(self._device):
             return _parts(self._upload_captured(table))
         key = table.tobytes()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .clock import DeviceClock, HostClock, Rates
 from .kernels import capturing
-from .rows import MEASURED, RECORDED, Rows
+from .rows import MEASURED, RECORDED, Rows, drop_written, set_stderr
 
 LEAST, MOST = 256, 16_384
 """Steps that a log for CUDA graphs holds, at least and at most."""
@@ -31,18 +31,29 @@ class DeviceLog:
         height, width: float64 of a row, (height, width).
         device: where.
         clock: numbers the steps.
+        sketched: whether gradients are.
     """
 
-    def __init__(self, size: int, height: int, width: int, device: torch.device, clock: HostClock) -> None:
-        self._shape, self._device, self._clock = (size, height, width), device, clock
+    def __init__(
+        self, size: int, height: int, width: int, device: torch.device, clock: HostClock, sketched: bool
+    ) -> None:
+        self._shape, self._device, self._clock, self._sketched = (
+            (size, height, width),
+            device,
+            clock,
+            sketched,
+        )
         self._block: Tensor | None = None
         self._steps: list[int] = []  # of the rows in it
         self._rates: list[tuple[np.ndarray, np.ndarray]] = []
+        self._verified: list[bool] = []
         self._taken = 0  # how many of them the history has
-        self._sent: tuple[Rows, torch.cuda.Event | None] | None = None  # the block before
+        self._sent: tuple[Rows, np.ndarray, torch.cuda.Event | None] | None = None  # the block before
+        self._sq_norm = np.full(width, np.nan)  # of the last row that was taken
         self._opened = False
         self._finish: Callable[[], None] | None = None
         self._last: Tensor | None = None
+        self._before: Tensor | None = None  # the row before the last, if that is to be compared with it
 
     @property
     def full(self) -> bool:
@@ -61,17 +72,21 @@ class DeviceLog:
         self._opened = True
         return row
 
-    def close(self, rates: Rates, finish: Callable[[], None] | None = None) -> None:
+    def close(self, rates: Rates, finish: Callable[[], None] | None = None, verified: bool = False) -> None:
         """Make the row that was opened part of the record.
 
         Args:
             rates: from :meth:`oscopt.clock.HostClock.layer_rates`.
             finish: completes the row, whose sums are still on their way between processes.
+            verified: whether the norm of the previous gradients is to be that of the row before: this is
+                looked at when the row is read, which spares the device six operations a step.
         """
         assert self._block is not None and isinstance(rates[0], np.ndarray)
+        self._before = self._last if verified else None
         self._last = self._block[len(self._steps)]
         self._steps.append(self._clock.step)
         self._rates.append(rates)  # type: ignore[arg-type]
+        self._verified.append(verified)
         self._finish, self._opened = finish, False
 
     def settle(self) -> None:
@@ -83,13 +98,17 @@ class DeviceLog:
     def latest(self) -> Tensor | None:
         """The last row that was closed, (height, width); None: there is none yet."""
         self.settle()
+        if self._last is not None and self._before is not None:
+            drop_written(self._last, self._before[1])
+            self._before = None
         return self._last
 
     def take(self) -> list[Rows]:
         """The steps that have not been taken yet; waits for the device."""
         found = self._arrived()
         if (new := self._untaken()) is not None:
-            found.append(self._rows(new.cpu()))
+            self._sent = (*self._rows(new.cpu()), None)
+            found += self._arrived()
         return found
 
     def send(self) -> list[Rows]:
@@ -103,16 +122,22 @@ class DeviceLog:
                 event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(new.device))
                 new = host
-            self._sent = self._rows(new.cpu()), event
-        self._block, self._steps, self._rates, self._taken = None, [], [], 0
+            self._sent = (*self._rows(new.cpu()), event)
+        self._block, self._steps, self._rates, self._verified, self._taken = None, [], [], [], 0
         return found
 
     def _arrived(self) -> list[Rows]:
         if self._sent is None:
             return []
-        (rows, event), self._sent = self._sent, None
+        (rows, verified, event), self._sent = self._sent, None
         if event is not None:
             event.synchronize()
+        before = np.concatenate([self._sq_norm[None], rows.values[:-1, 1]])
+        self._sq_norm = rows.values[-1, 1].copy()
+        before[~verified] = np.nan  # as good as what is compared with it
+        drop_written(rows.values, before)
+        if self._sketched:
+            set_stderr(rows.values)
         return [rows]
 
     def _untaken(self) -> Tensor | None:
@@ -122,10 +147,11 @@ class DeviceLog:
             return None
         return self._block[self._taken : len(self._steps)]
 
-    def _rows(self, values: Tensor) -> Rows:
-        """Take these rows, which have come to the host."""
+    def _rows(self, values: Tensor) -> tuple[Rows, np.ndarray]:
+        """Take these rows, which come to the host, and which of them are to be verified."""
         first, self._taken = self._taken, len(self._steps)
-        return Rows(np.array(self._steps[first:], np.int64), values.numpy(), np.array(self._rates[first:]))
+        steps, rates = np.array(self._steps[first:], np.int64), np.array(self._rates[first:])
+        return Rows(steps, values.numpy(), rates), np.array(self._verified[first:])
 
 
 class GraphLog:
@@ -134,10 +160,13 @@ class GraphLog:
     Args:
         height, width, device: as in :class:`DeviceLog`.
         clock: counts the steps, on the device.
+        sketched: whether gradients are.
     """
 
-    def __init__(self, height: int, width: int, device: torch.device, clock: DeviceClock) -> None:
-        self._clock = clock
+    def __init__(
+        self, height: int, width: int, device: torch.device, clock: DeviceClock, sketched: bool
+    ) -> None:
+        self._clock, self._sketched = clock, sketched
         self._height = height
         rows = height + 2  # with the learning rates
         self._row = torch.zeros((rows, width), dtype=torch.float64, device=device)
@@ -163,8 +192,8 @@ class GraphLog:
         self._row[:MEASURED].zero_()
         return self._row[: self._height]
 
-    def close(self, rates: Rates, finish: Callable[[], None] | None = None) -> None:
-        """As in :class:`DeviceLog`."""
+    def close(self, rates: Rates, finish: Callable[[], None] | None = None, verified: bool = False) -> None:
+        """As in :class:`DeviceLog`; nothing is verified."""
         if finish is not None:
             finish()
         self._row[self._height :].copy_(torch.stack(rates))  # type: ignore[arg-type]
@@ -202,6 +231,8 @@ class GraphLog:
         steps = np.arange(count - kept, count)
         rows = self._ring[torch.from_numpy(steps % len(self._ring)).to(self._ring.device)].cpu().numpy()
         self._taken = count
+        if self._sketched:
+            set_stderr(rows)
         return [Rows(steps, rows[:, : self._height], rows[:, self._height :])]
 
     def send(self) -> list[Rows]:

@@ -16,6 +16,8 @@ RECORDED = (*SUMS, "correlation_stderr", "step_scale", "prev_step_scale")
 """What a row holds for each layer; behind it come the sketches, if there are any."""
 MEASURED = len(RECORDED) - 2
 """Of these, how many are measured; the others are settings."""
+_ROUNDING = 1e-9  # by which a norm may differ that is summed twice, in any order
+
 RATES = ("lr", "prev_lr")
 """What is kept beside the rows: the learning rates of the step and of the one before."""
 
@@ -37,6 +39,31 @@ class Rows(NamedTuple):
     steps: np.ndarray
     values: np.ndarray
     rates: np.ndarray
+
+
+def drop_written(values: np.ndarray | Tensor, sq_norm: np.ndarray | Tensor) -> None:
+    """NaN where the last gradient has been written to: where its norm is no longer what it was.
+
+    Args:
+        values: rows, (..., R, L).
+        sq_norm: that of the step before each, (..., L).
+    """
+    if isinstance(values, Tensor) and values.device.type == "cpu":  # a tenth of the time per operation
+        values, sq_norm = values.numpy(), sq_norm.numpy()  # type: ignore[union-attr]
+    written = abs(values[..., 3, :] - sq_norm) > _ROUNDING * sq_norm
+    if isinstance(values, Tensor):  # asking whether there is any would wait for the device
+        for i in (0, 2, 3):
+            values[..., i, :].masked_fill_(written, torch.nan)
+    elif written.any():
+        for i in (0, 2, 3):
+            values[..., i, :][written] = np.nan
+
+
+def set_stderr(values: np.ndarray) -> None:
+    """In rows of sketched gradients, (T, R, L): the correlation's standard error, for the dot's variance."""
+    variance = values[:, len(SUMS)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values[:, len(SUMS)] = np.sqrt(variance) / (np.sqrt(values[:, 1]) * np.sqrt(values[:, 3]))
 
 
 @dataclass(slots=True)

@@ -35,7 +35,13 @@ class DeviceLog:
     """
 
     def __init__(
-        self, size: int, height: int, width: int, device: torch.device, clock: HostClock, sketched: bool
+        self,
+        size: int,
+        height: int,
+        width: int,
+        device: torch.device,
+        clock: HostClock,
+        sketched: bool = False,
     ) -> None:
         self._shape, self._device, self._clock, self._sketched = (
             (size, height, width),

@@ -341,6 +341,7 @@ def test_checkpoints_that_are_readable_but_wrong(tmp_path, capsys, undrawn, fini
     assert words in error and "start anew with --overwrite" in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_bad_input_leaves_the_run_that_is_there(capsys, finished):
     before = (finished / "checkpoint.pt").read_bytes()
     assert called(run.main, *SMALL, "--n-train", 10**6, "--overwrite", "--out", finished) == 2

@@ -104,6 +104,7 @@ def test_blocks_of_the_models(name, blocks):
         assert counts == [2, 2, 3, 3, 3, 1]
 
 
+@pytest.mark.slow
 def test_full_width_models_are_the_papers():
     """Parameters of the usual CIFAR forms."""
     counts = {

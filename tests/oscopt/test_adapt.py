@@ -140,6 +140,7 @@ def test_secant_needs_no_rate_on_logistic_regression():
     assert steps_to(adapted, plain[-1]) <= 1.5 * 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [1e-3, 0.3, 50.0])
 @pytest.mark.parametrize("lag", [0, 1])
 def test_cosine_holds_one_over_the_curvature(start, lag):

@@ -279,9 +279,9 @@ class Plan:
                 target[sums:] = 0.0
             if n and out is not None and target is not None:
                 out += target
-        if out is not None and not self._align:
+        if out is not None and not self._align and bufs is not None:
             out[4:6] = torch.nan
-        if out is not None and prevs is None:
+        if out is not None and prevs is None and self._seeds is not None:
             out[len(SUMS) :] = torch.nan  # of the sketch's, too
 
     def fold(self, kept: Sequence[Tensor], out: Tensor) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import BACKENDS, DEVICE, append, batch, exact_correlations, gradients, small_net, train
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from oscopt import History, OscGD
 from oscopt.rows import RECORDED
@@ -374,6 +375,37 @@ def test_first_step_says_that_it_compiles(tmp_path):
         line = process.stderr.readline()
         process.kill()
     assert "compiling oscopt's CPU kernel" in line and process.returncode == -signal.SIGKILL
+
+
+class Dispatched(TorchDispatchMode):
+    """What torch is asked to do, but for looking at parts of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if not name.startswith(("aten.select.", "aten.slice.", "aten.detach.", "profiler.")):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "measure": "alignment"}], ids=str
+)
+def test_a_step_is_its_kernels_and_nothing_else(options):
+    """On a GPU every operation beside takes the host as long as a kernel takes the device."""
+    net = small_net()
+    backend = "triton" if DEVICE == "cuda" else "numba"
+    optimizer = OscGD(net.named_parameters(), lr=0.1, backend=backend, **options)
+    train(net, optimizer, 3)
+    optimizer.zero_grad()
+    x, y = batch()
+    nn.functional.cross_entropy(net(x), y).backward()
+    with Dispatched() as dispatched:
+        optimizer.step()
+    assert dispatched.names == []
 
 
 @pytest.mark.gpu

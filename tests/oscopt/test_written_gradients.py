@@ -8,7 +8,7 @@ import torch
 from helpers import BACKENDS, DEVICE
 from torch import nn
 
-from oscopt import OscGD
+from oscopt import History, OscGD
 
 
 def make(backend="auto", **options):
@@ -83,3 +83,25 @@ def test_good_gradients_are_never_taken_for_written_ones(dtype):
         optimizer.step()
     lost = np.isnan(optimizer.history.dot)
     assert lost[0].all() and lost[6:8, 0].all() and lost.sum() == 4
+
+
+def test_a_write_is_noticed_whenever_it_is_read():
+    """At once by `correlation`, later by the history, and from one block of rows to the next."""
+    written, histories = (5, 128, 130, 255, 256), []  # steps: rows come to the host by 128 here
+    for read in ((), (5, 130), range(300)):
+        optimizer, p, q = make(history=History(limit=512))
+        for step in range(300):
+            if step in written:
+                p.grad.data.mul_(2.0)
+            take(optimizer, p, q, seed=step)
+            if step in read:
+                assert optimizer.correlation.isnan().tolist() == [step in (0, *written), step == 0]
+                assert optimizer.global_correlation.isnan().item() == (step in (0, *written))
+            if step in read and step % 7 == 0:
+                assert len(optimizer.history) == step + 1
+        histories.append(optimizer.history)
+    for history in histories:
+        assert np.flatnonzero(np.isnan(history.dot[:, 0])).tolist() == [0, *written]
+        assert np.flatnonzero(np.isnan(history.dot[:, 1])).tolist() == [0]
+        np.testing.assert_array_equal(history.dot, histories[0].dot)
+        np.testing.assert_array_equal(history.sq_norm, histories[0].sq_norm)

@@ -258,6 +258,7 @@ def _hip_resources(assembly: str) -> dict[str, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print the table; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m oscopt.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--target", nargs="+", default=TARGETS, metavar="T", help="such as cuda:90, hip:gfx942"

@@ -197,11 +197,13 @@ def wide(typing_context, values):
 
 @intrinsic
 def add(typing_context, a, b):
+    """The sum of two vectors."""
     return a(a, b), lambda context, builder, signature, args: builder.fadd(*args)
 
 
 @intrinsic
 def subtract(typing_context, a, b):
+    """The difference of two vectors."""
     return a(a, b), lambda context, builder, signature, args: builder.fsub(*args)
 
 

@@ -286,8 +286,10 @@ class AlignedStep(_Rule):
 
     def __call__(self, measured: Measured) -> Decision:
         norm = torch.where(measured.sq_norm > 0, measured.sq_norm, 0.0)  # NaN is not greater
-        before = (measured.state.get(key, torch.zeros_like(norm)).nan_to_num() for key in ("total", "count"))
-        total, count = (old + new for old, new in zip(before, (norm, (norm > 0).double()), strict=True))
+        total, count = norm, (norm > 0).double()
+        if "total" in measured.state:
+            total = measured.state["total"].nan_to_num() + total
+            count = measured.state["count"].nan_to_num() + count
         size = torch.maximum(total / count.clamp_min(1.0), norm)
         sigma = (size / (measured.size * (1.0 - self.momentum**2))).sqrt()
         start = self.start(measured.layers)

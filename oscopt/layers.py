@@ -79,6 +79,7 @@ def _parameter_to_layer(layers: Mapping) -> dict[str, str | None]:
 
 
 def some(names: Sequence[str]) -> str:
+    """The first three of `names`, and how many more there are."""
     text = ", ".join(map(repr, names[:3]))
     return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
 

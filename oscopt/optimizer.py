@@ -401,7 +401,16 @@ class OscGD(Optimizer):
     # ---- torch.optim's protocol --------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.add_param_group``; new layers are NaN in the history up to now."""
+        """As ``torch.optim.Optimizer.add_param_group``; new layers are NaN in the history up to now.
+
+        Raises:
+            ValueError: as torch does; also a rate or a factor that is not finite, a name that is taken, or
+                what a policy with a momentum of its own cannot have.
+            TypeError: a parameter is neither floating-point nor complex, or a lazy conjugate or negative.
+            RuntimeError: `differentiable` with a policy, or `fused` with a complex parameter.
+
+        The groups are then what they were.
+        """
         self._show_state()
         own_momentum = getattr(self._policy, "momentum", None)
         if own_momentum is not None and isinstance(param_group, dict) and not param_group.get("adapt", True):

@@ -402,7 +402,8 @@ class Batch:
     """See :class:`oscopt.kernels.BatchProtocol`."""
 
     def __init__(self, params: Sequence[Tensor], layer_of, num_layers, scale_of=None) -> None:
-        self._params, self._own = params, addresses(params)  # whose addresses hold while they do
+        self._params = params  # held, so that their memory stays where it is
+        self._own = addresses(params)
         self._dtype = params[0].dtype
         self._device = params[0].device
         self._num_layers = num_layers

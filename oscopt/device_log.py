@@ -31,7 +31,7 @@ class DeviceLog:
         height, width: float64 of a row, (height, width).
         device: where.
         clock: numbers the steps.
-        sketched: whether gradients are.
+        sketched: whether gradients are, so that rows have the variance of the dot product.
     """
 
     def __init__(
@@ -43,12 +43,8 @@ class DeviceLog:
         clock: HostClock,
         sketched: bool = False,
     ) -> None:
-        self._shape, self._device, self._clock, self._sketched = (
-            (size, height, width),
-            device,
-            clock,
-            sketched,
-        )
+        self._shape, self._device = (size, height, width), device
+        self._clock, self._sketched = clock, sketched
         self._block: Tensor | None = None
         self._steps: list[int] = []  # of the rows in it
         self._rates: list[tuple[np.ndarray, np.ndarray]] = []
@@ -140,7 +136,7 @@ class DeviceLog:
             event.synchronize()
         before = np.concatenate([self._sq_norm[None], rows.values[:-1, 1]])
         self._sq_norm = rows.values[-1, 1].copy()
-        before[~verified] = np.nan  # as good as what is compared with it
+        before[~verified] = np.nan  # nothing differs from NaN by more than NaN
         drop_written(rows.values, before)
         if self._sketched:
             set_stderr(rows.values)
@@ -166,7 +162,7 @@ class GraphLog:
     Args:
         height, width, device: as in :class:`DeviceLog`.
         clock: counts the steps, on the device.
-        sketched: whether gradients are.
+        sketched: whether gradients are, so that rows have the variance of the dot product.
     """
 
     def __init__(
@@ -199,7 +195,7 @@ class GraphLog:
         return self._row[: self._height]
 
     def close(self, rates: Rates, finish: Callable[[], None] | None = None, verified: bool = False) -> None:
-        """As in :class:`DeviceLog`; nothing is verified."""
+        """As in :class:`DeviceLog`, but `verified`: what graphs keep is a copy, which nobody writes to."""
         if finish is not None:
             finish()
         self._row[self._height :].copy_(torch.stack(rates))  # type: ignore[arg-type]

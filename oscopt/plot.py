@@ -220,10 +220,10 @@ def draw_layers(
         vmax=1,
         rasterized=True,
     )
-    every = -(-len(names) // most)
+    every = max(1, -(-len(names) // most))
     ax.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize="small")
     ax.set_facecolor("white")
-    ax.set_ylim(len(names), 0)
+    ax.set_ylim(max(len(names), 1), 0)
     return mesh
 
 

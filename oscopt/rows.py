@@ -16,10 +16,14 @@ RECORDED = (*SUMS, "correlation_stderr", "step_scale", "prev_step_scale")
 """What a row holds for each layer; behind it come the sketches, if there are any."""
 MEASURED = len(RECORDED) - 2
 """Of these, how many are measured; the others are settings."""
-_ROUNDING = 1e-9  # by which a norm may differ that is summed twice, in any order
-
 RATES = ("lr", "prev_lr")
 """What is kept beside the rows: the learning rates of the step and of the one before."""
+
+_SQ_NORM, _PREV_SQ_NORM, _STDERR = (
+    RECORDED.index(name) for name in ("sq_norm", "prev_sq_norm", "correlation_stderr")
+)
+_OF_PAIRS = [RECORDED.index(name) for name in ("dot", "diff_sq_norm", "prev_sq_norm")]
+_ROUNDING = 1e-9  # by which a norm may differ that is summed twice, in any order
 
 
 def height(sketches: int | None) -> int:
@@ -50,20 +54,21 @@ def drop_written(values: np.ndarray | Tensor, sq_norm: np.ndarray | Tensor) -> N
     """
     if isinstance(values, Tensor) and values.device.type == "cpu":  # a tenth of the time per operation
         values, sq_norm = values.numpy(), sq_norm.numpy()  # type: ignore[union-attr]
-    written = abs(values[..., 3, :] - sq_norm) > _ROUNDING * sq_norm
+    written = abs(values[..., _PREV_SQ_NORM, :] - sq_norm) > _ROUNDING * sq_norm
     if isinstance(values, Tensor):  # asking whether there is any would wait for the device
-        for i in (0, 2, 3):
+        for i in _OF_PAIRS:
             values[..., i, :].masked_fill_(written, torch.nan)
     elif written.any():
-        for i in (0, 2, 3):
+        for i in _OF_PAIRS:
             values[..., i, :][written] = np.nan
 
 
 def set_stderr(values: np.ndarray) -> None:
-    """In rows of sketched gradients, (T, R, L): the correlation's standard error, for the dot's variance."""
-    variance = values[:, len(SUMS)]
+    """In rows of sketched gradients, (T, R, L): make the variance of the dot product, which lies in its
+    place, the standard error of the correlation."""
+    norms = np.sqrt(values[:, _SQ_NORM]) * np.sqrt(values[:, _PREV_SQ_NORM])
     with np.errstate(invalid="ignore", divide="ignore"):
-        values[:, len(SUMS)] = np.sqrt(variance) / (np.sqrt(values[:, 1]) * np.sqrt(values[:, 3]))
+        values[:, _STDERR] = np.sqrt(values[:, _STDERR]) / norms
 
 
 @dataclass(slots=True)

@@ -249,6 +249,7 @@ class GradientTracker:
         if isinstance(self.clock, HostClock):
             if self._recorded == self.clock.step:  # a step that failed halfway has left its row
                 self.history.cut(self._recorded)
+                self.untouched = True  # the row before is not the last one that the log has
             self._recorded = self.clock.step
         if self.log.full:
             for rows in self.log.send():
@@ -287,14 +288,15 @@ class GradientTracker:
         if pairs is not None:
             _without_pair(sums, pairs, len(self.table.layer_names))
         verified = self.previous.verifies and self.options.every == 1 and not self.untouched
-        before = self.log.latest() if verified and self.adapter is not None else None
+        now = verified and self.adapter is not None  # the policy is to see what is right
+        before, later = self.log.latest() if now else None, verified and not now
         if self.adapter is not None:
             row[MEASURED : len(RECORDED)].copy_(torch.stack([self.adapter.scale, self.adapter.used]))
         self.untouched = False
         complete = partial(self._complete, row, before, rates)
         if ranks is None:
             complete(vectors)
-            self.log.close(rates, verified=verified)
+            self.log.close(rates, verified=later)
             return
         together = sums if vectors is None else torch.cat([sums, vectors.T])
         work = ranks.reduce(together)
@@ -305,7 +307,7 @@ class GradientTracker:
                 sums.copy_(together[: self._sums])
             complete(None if vectors is None else together[self._sums :].T)
 
-        self.log.close(rates, finish, verified)
+        self.log.close(rates, finish, later)
 
     def _complete(self, row: Tensor, before: Tensor | None, rates: Rates, vectors: Tensor | None) -> None:
         """What is to be known of `row` in the next step. `before`: the row of the last one."""

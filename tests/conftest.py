@@ -1,5 +1,6 @@
 """Set up before anything is imported: without a GPU, Triton kernels run by its interpreter."""
 
+import importlib.util
 import os
 import re
 
@@ -13,10 +14,11 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
-import triton_interpreter  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-if not GPU:
+if not GPU and importlib.util.find_spec("triton"):
+    import triton_interpreter
+
     triton_interpreter.speed_up()
 
 settings.register_profile(

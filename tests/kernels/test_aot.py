@@ -57,7 +57,8 @@ def test_every_step_that_can_be_taken_is_a_variant():
 def test_no_spills(reports):
     for r in reports:
         # For sm_100, some versions of ptxas put one pointer that the loop does not need on the stack.
-        needless = r["target"] == "cuda:100" and "momentum" in r["variant"]
+        some = ("sketch+momentum", "align+momentum+scaled+bounded")
+        needless = r["target"] == "cuda:100" and r["variant"].startswith(some)
         assert max(r["spills"], r["stack_bytes"]) <= 8 * needless, r
 
 

@@ -454,7 +454,9 @@ def test_hint_without_numba(monkeypatch):
     assert names == ["torch"] * 3 and len(caught) == 1
 
 
-@pytest.mark.parametrize("edited", [None, "__init__", "sketch", "numba_vectors", "numba_sketch"])
+@pytest.mark.parametrize(
+    "edited", [None, "__init__", "sketch", "numba_vectors", "numba_backend", "numba_sketch"]
+)
 def test_edited_kernels_are_compiled_anew(tmp_path, monkeypatch, edited):
     """numba's cache on disk knows the entry points by their qualified names."""
     numba_sketch = pytest.importorskip("oscopt.kernels.numba_sketch")

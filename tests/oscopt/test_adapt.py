@@ -104,7 +104,7 @@ def steps_to(losses: list[float], target: float) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("condition", [1e2, 1e3])
+@pytest.mark.parametrize("condition", [1e2, 1e4])
 def test_secant_needs_no_rate_on_quadratics(condition):
     """From a rate that is 10^4 times too small: within 1.5 times the steps of GD with 1/L."""
     hessian = random_hessian(20, condition)

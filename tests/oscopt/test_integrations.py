@@ -71,6 +71,14 @@ def test_plot_heatmap(plot, steps):
         plot.plot_heatmap(History())
 
 
+def test_plot_heatmap_of_no_layer(plot):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = OscGD([("q", p)], lr=0.1, layers={None: ["q"]})
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert not plot.plot_heatmap(optimizer.history).get_yticklabels()
+
+
 def test_plot_matrix(plot):
     optimizer = trained()
     ax = plot.plot_matrix(optimizer.seen, "4")

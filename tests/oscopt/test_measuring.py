@@ -14,7 +14,7 @@ from helpers import BACKENDS, DEVICE, append, batch, exact_correlations, gradien
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oscopt import History, OscGD
+from oscopt import History, OscGD, device_log, tracker
 from oscopt.rows import RECORDED
 
 
@@ -391,21 +391,57 @@ class Dispatched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def dispatched_in_a_step(monkeypatch, **options) -> tuple[list[str], int]:
+    """What a steady step asks torch to do, and how often it compares norms (on CPUs numpy does)."""
+    compared = []
+    for module in (tracker, device_log):
+        drop = module.drop_written
+        monkeypatch.setattr(module, "drop_written", lambda *a, drop=drop: (compared.append(1), drop(*a)))
+    net = small_net()
+    backend = "triton" if DEVICE == "cuda" else "numba"
+    optimizer = OscGD(net.named_parameters(), backend=backend, **options)
+    generator = torch.Generator().manual_seed(0)
+    sets = [[torch.randn(p.shape, generator=generator).to(DEVICE) for p in net.parameters()] for _ in "ab"]
+    for step in range(6):
+        for p, g in zip(net.parameters(), sets[step % 2], strict=True):
+            p.grad = g
+        compared.clear()
+        with Dispatched() as dispatched:
+            optimizer.step()
+    count = len(compared)
+    assert np.isfinite(optimizer.history.sq_norm).all()
+    return dispatched.names, count
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "measure": "alignment"}], ids=str
 )
-def test_a_step_is_its_kernels_and_nothing_else(options):
+def test_a_step_is_its_kernels_and_nothing_else(monkeypatch, options):
     """On a GPU every operation beside takes the host as long as a kernel takes the device."""
+    assert dispatched_in_a_step(monkeypatch, lr=0.1, **options) == ([], 0)
+
+
+def test_a_policy_sees_norms_that_have_been_compared_once(monkeypatch):
+    assert dispatched_in_a_step(monkeypatch, lr=0.1, adapt="cosine")[1] == 1
+
+
+def test_a_step_that_failed_after_its_row_was_closed(monkeypatch):
+    """Taken again, it is compared with the gradient of the step before, not with its own."""
     net = small_net()
-    backend = "triton" if DEVICE == "cuda" else "numba"
-    optimizer = OscGD(net.named_parameters(), lr=0.1, backend=backend, **options)
+    optimizer = OscGD(net.named_parameters(), lr=0.1)
     train(net, optimizer, 3)
-    optimizer.zero_grad()
-    x, y = batch()
-    nn.functional.cross_entropy(net(x), y).backward()
-    with Dispatched() as dispatched:
-        optimizer.step()
-    assert dispatched.names == []
+
+    def fail(*_, **__):
+        raise RuntimeError("keep")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer._tracker.previous, "keep", fail)
+        with pytest.raises(RuntimeError, match="keep"):
+            train(net, optimizer, 1)
+    train(net, optimizer, 2)
+    history = optimizer.history
+    assert history.steps.tolist() == list(range(5))
+    assert np.isfinite(history.correlation()[1:]).all()
 
 
 @pytest.mark.gpu

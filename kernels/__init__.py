@@ -315,6 +315,13 @@ def addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
     return (tensors if isinstance(tensors, Tensors) else Tensors(tensors)).addresses
 
 
+def addresses_of_some(tensors: Sequence[Tensor | None]) -> np.ndarray:
+    """The same where some of `tensors` are None: 0 for these."""
+    if isinstance(tensors, Tensors):
+        return tensors.addresses
+    return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
+
+
 Value = TypeVar("Value")
 
 

@@ -26,7 +26,7 @@ from numba import njit, prange
 from numba.core.event import Listener, install_listener
 from torch import Tensor
 
-from . import HYPER, SUMS, Tensors, addresses
+from . import HYPER, SUMS, addresses, addresses_of_some
 from .numba_vectors import (
     DTYPES,
     LANES,
@@ -169,7 +169,7 @@ class Batch:
             self._own if hyper is not None else _NOWHERE,
             addresses(grads),
             addresses(prevs) if prevs is not None else _NOWHERE,
-            _addresses_of_some(bufs) if bufs is not None else _NOWHERE,
+            addresses_of_some(bufs) if bufs is not None else _NOWHERE,
             np.array(copies, np.bool_) if copies is not None else _NO_COPIES,
             self._rows[1],
         )
@@ -200,12 +200,6 @@ def threads_for(elements: int) -> int:
     """How many threads share the work."""
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     return min(torch.get_num_threads(), most) if elements > _SERIAL else 1
-
-
-def _addresses_of_some(tensors: Sequence[Tensor | None]) -> np.ndarray:
-    if isinstance(tensors, Tensors):
-        return tensors.addresses
-    return np.array([0 if t is None else t.data_ptr() for t in tensors], np.int64)
 
 
 class _Announcement(Listener):
@@ -251,15 +245,24 @@ def call(kernel, arguments: tuple, dtype: torch.dtype, threads: int) -> None:
 
 _INNER: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 compiled, inlined = njit(**_INNER), njit(**_INNER, forceinline=True)
-_SOURCES = hashlib.sha256()
-for _name in ("__init__", "sketch", "numba_vectors", "numba_backend", "numba_sketch"):
-    _SOURCES.update(Path(__file__).with_name(f"{_name}.py").read_bytes())
+
+
+def _digest_of_sources() -> str:
+    """Of all files that compiled code is made of."""
+    digest, folder = hashlib.sha256(), Path(__file__).parent
+    for pattern in ("__init__.py", "sketch.py", "numba_*.py"):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+_SOURCES = _digest_of_sources()
 
 
 def entry(function):
     """What is called from Python: compiled once, kept on disk until any of the kernels' sources changes."""
     # numba itself looks at the file of `function` only, not at those of what is inlined into it.
-    function.__qualname__ += f"-{_SOURCES.hexdigest()[:12]}"
+    function.__qualname__ += f"-{_SOURCES}"
     return njit(nogil=True, cache=True, parallel=True)(function)
 
 

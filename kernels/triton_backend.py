@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import SUMS, Tensors, addresses, capturing
+from . import SUMS, addresses, addresses_of_some, capturing
 from .sketch import BUCKETS, GOLDEN, ODD, ODDER, OFFSETS
 
 NAME = "triton"
@@ -520,13 +520,10 @@ class Batch:
         table[2] = table[1] if prevs is None else addresses(prevs)
         table[3] = table[1]
         flags = table[4].view(np.int32)[: len(grads)]
-        if isinstance(bufs, Tensors):
-            table[3] = bufs.addresses
-            flags += _BUFFERED.value
-        elif bufs is not None:
-            there = np.array([b is not None for b in bufs])
-            table[3, there] = addresses([b for b in bufs if b is not None])
-            flags[there] += _BUFFERED.value
+        if bufs is not None:
+            buffers = addresses_of_some(bufs)
+            table[3] = np.where(buffers, buffers, table[1])
+            flags[buffers != 0] += _BUFFERED.value
         if copies is not None:
             flags[copies] += _COPIED.value
         flags[~(np.bitwise_or.reduce(table[:4]) & 15).astype(bool)] += _ALIGNED.value

@@ -60,9 +60,7 @@ def plot_layers(
     """
     names = history.layer_names
     if layers is None:
-        layers = [
-            names[i] for i in np.unique(np.linspace(0, len(names) - 1, min(len(names), 10)).astype(int))
-        ]
+        layers = [names[i] for i in _spread(len(names), 10)]
     if unknown := [name for name in layers if name not in names]:
         raise KeyError(f"no layer {unknown[0]!r}; there are {', '.join(names)}")
     ax = _axes(ax)
@@ -147,9 +145,7 @@ def plot_recurrence(
     ax = _axes(ax)
     # Averages of neighbouring cells would hide a checkerboard.
     drawn = ax.imshow(image, cmap=colour_map(), vmin=-1, vmax=1, interpolation="none")
-    places = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 7)).astype(int))
-    for set_ticks in (ax.set_xticks, ax.set_yticks):
-        set_ticks(places, [str(step) for step in steps[places]])
+    _number(ax, steps, 7)
     for mark in marks:
         at = int(np.searchsorted(steps, mark))
         ax.axhline(at, color="black", lw=0.6, ls=":")
@@ -241,9 +237,7 @@ def draw_matrix(ax: Axes, matrix: np.ndarray, first: int = 0) -> ScalarMappable:
         for (i, j), value in np.ndenumerate(matrix):
             colour = "white" if value < -0.4 else "black"
             ax.text(j, i, f"{value:+.2f}", ha="center", va="center", fontsize="small", color=colour)
-    shown = np.unique(np.linspace(0, len(matrix) - 1, min(len(matrix), 12)).astype(int))
-    for set_ticks in (ax.set_xticks, ax.set_yticks):
-        set_ticks(shown, [str(first + i) for i in shown])
+    _number(ax, np.arange(first, first + len(matrix)), 12)
     ax.spines[:].set_visible(False)
     return image
 
@@ -291,6 +285,18 @@ def _axes(ax: Axes | None) -> Axes:
     except ImportError as error:
         raise ImportError("oscopt.plot needs matplotlib: pip install matplotlib") from error
     return pyplot.subplots(layout="constrained")[1] if ax is None else ax
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """At most `most` of the numbers below `count`, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+
+
+def _number(ax: Axes, numbers: np.ndarray, most: int) -> None:
+    """Write at most `most` of the `numbers` of rows and columns at both axes."""
+    places = _spread(len(numbers), most)
+    for set_ticks in (ax.set_xticks, ax.set_yticks):
+        set_ticks(places, [str(number) for number in numbers[places]])
 
 
 def _label(window: int | None) -> str:

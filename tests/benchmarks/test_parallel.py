@@ -40,7 +40,7 @@ def losses(folder: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-LONG = (*SETTINGS, "--epochs", "30", "--device", "cpu")
+LONG = (*SETTINGS, "--epochs", "60", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_two_processes(tmp_path, whole):
     """Five micro-batches, the last one smaller: three for one process and two for the other."""
     finish(start(tmp_path / "one", *SETTINGS, "--epochs", "4", "--device", "cpu"))
     one, two = (History.load(folder / "history.npz") for folder in (tmp_path / "one", whole))
-    assert one.steps.tolist() == list(range(4)) and two.steps.tolist() == list(range(30))
+    assert one.steps.tolist() == list(range(4)) and two.steps.tolist() == list(range(60))
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(whole)[:4], rtol=1e-5)
     np.testing.assert_allclose(two.sq_norm[:4], one.sq_norm, rtol=1e-3)
     np.testing.assert_allclose(two.correlation()[:4], one.correlation(), atol=1e-3)

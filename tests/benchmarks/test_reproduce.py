@@ -81,7 +81,8 @@ def test_from_nothing_to_the_table_and_again(tmp_path, call):
     assert len(stderr.strip().splitlines()) == 1
 
 
-def test_interrupted_and_resumed(tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed(tmp_path, number, code):
     out = tmp_path / "all"
     options = [
         "--only",
@@ -103,9 +104,9 @@ def test_interrupted_and_resumed(tmp_path):
         not all(log.exists() and "epoch " in log.read_text() for log in logs) and time.monotonic() < deadline
     ):
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 143, (stdout, stderr)
+    assert process.returncode == code, (stdout, stderr)
     assert (
         "interrupted; go on with: python" in stderr and f"--out {out}" in stderr and "Traceback" not in stderr
     )

@@ -74,7 +74,7 @@ def test_not_finite():
 @pytest.mark.slow
 def test_measuring_changes_nothing():
     """Weights, batch norm's running means and the record are those of a run without."""
-    with_, without = (Trainer(replace(CONFIG, model="cnn_bn", sharpness_every=every)) for every in (2, 0))
+    with_, without = (Trainer(replace(CONFIG, model="resnet18", sharpness_every=every)) for every in (2, 0))
     for trainer in (with_, without):
         for _ in range(3):
             trainer.epoch()

@@ -10,12 +10,14 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
 from oscopt.kernels.aot import TARGETS, VARIANTS, main
 
 pytestmark = pytest.mark.slow
 
 
+OLDEST_TRITON = triton.__version__.startswith("3.6.")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 COMMAND = (sys.executable, "-m", "oscopt.kernels.aot")
 
@@ -56,8 +58,8 @@ def test_every_step_that_can_be_taken_is_a_variant():
 
 def test_no_spills(reports):
     for r in reports:
-        # For sm_100, some versions of ptxas put one pointer that the loop does not need on the stack.
-        some = ("sketch+momentum", "align+momentum+scaled+bounded")
+        # For sm_100, ptxas puts one pointer that the loop does not need on the stack; Triton 3.6 one more.
+        some = ("sketch+momentum", *(["align+momentum+scaled+bounded"] if OLDEST_TRITON else []))
         needless = r["target"] == "cuda:100" and r["variant"].startswith(some)
         assert max(r["spills"], r["stack_bytes"]) <= 8 * needless, r
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import BACKENDS, DEVICE, Quadratic, batch, small_net, train
 from hypothesis import given
-from hypothesis import settings as options
 from hypothesis import strategies as st
 from torch import nn
 
@@ -23,7 +22,6 @@ MOMENTA = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@options(max_examples=30)
 @given(
     curvature=st.floats(0.1, 10.0),
     step=st.floats(0.05, 1.5),

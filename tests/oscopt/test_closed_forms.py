@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import BACKENDS, DEVICE, Quadratic
 from hypothesis import given
-from hypothesis import settings as options
 from hypothesis import strategies as st
 
 from oscopt import OscGD, measures
@@ -40,7 +39,6 @@ def quadratics(draw):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@options(max_examples=30)
 @given(problem=quadratics())
 def test_sums_and_measures(backend, problem):
     hessian, start, lr = problem
